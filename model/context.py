@@ -1,0 +1,109 @@
+"""What a layer is told besides its input: documents, positions, clock, noise and the collectives of the mesh.
+
+Legend: B batch rows, T tokens in a row, D width.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from model.params import stable_seed
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where packed documents begin.
+
+    starts: (B, T) bool, True at the first token of a document. index: (B, T) int32, how many documents have begun in
+    the row up to and including the token; tokens with equal index belong together, and index 0 continues what the
+    carried state holds. positions: (B, T) int64, distance from the document's first token.
+    """
+
+    starts: Tensor
+    index: Tensor
+    positions: Tensor
+    single: bool
+    """No document begins inside a row (a start at its first token aside): kernels may take their simpler path."""
+
+    @staticmethod
+    def from_starts(starts: Tensor, position: Tensor | None = None) -> "Documents":
+        """starts: (B, T) bool. position: (B,) int64, the position that the first token has if it starts nothing."""
+        T = starts.shape[1]
+        index = starts.cumsum(1, dtype=torch.int32)
+        steps = torch.arange(T, device=starts.device).expand_as(starts)
+        last_start = torch.where(starts, steps, -1).cummax(1).values
+        offset = torch.zeros_like(steps[:, :1]) if position is None else position[:, None]
+        positions = torch.where(last_start >= 0, steps - last_start, steps + offset)
+        return Documents(starts, index, positions, not bool(starts[:, 1:].any()))
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Randomness of a step as a pure function of (seed, step, layer, global sample, position).
+
+    samples: (B,) int64, the global index of each row, so that noise does not depend on how rows are dealt to ranks.
+    """
+
+    seed: int
+    step: int
+    samples: Tensor | None = None
+
+    def uniform(self, layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform float32 noise in [0, 1) of shape (B, *shape), drawn row by row on the CPU."""
+        assert self.samples is not None, "noise needs the global sample index of each row"
+        rows = []
+        for sample in self.samples.tolist():
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, self.step, layer, sample, name))
+            rows.append(torch.rand(shape, generator=generator))
+        return torch.stack(rows).to(self.samples.device)
+
+
+class Collectives(Protocol):
+    """What a layer may ask of the other ranks. `model/` names the operations; the mesh in `train/` provides them."""
+
+    def sum_over_tensor(self, x: Tensor) -> Tensor: ...
+
+
+class SingleProcess:
+    """The collectives of one process: nothing to do."""
+
+    def sum_over_tensor(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a layer may read besides `x` and its own state.
+
+    documents: boundaries and positions. dtype: compute dtype of matmuls and convolutions. residual_dtype: of x and y.
+    tokens: the token clock at the start of the step. layer: index of the layer in the stack. embedding: (B, T, D), the
+    embedding's output, for kinds that read it. carry: the caller wants the state after the last token.
+    """
+
+    documents: Documents
+    dtype: torch.dtype = torch.float32
+    tokens: int = 0
+    layer: int = 0
+    noise: NoiseKey | None = None
+    embedding: Tensor | None = None
+    mesh: Collectives = field(default_factory=SingleProcess)
+    carry: bool = False
+
+    def at(self, layer: int) -> "Context":
+        return replace(self, layer=layer)
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns. A named tuple, because ZeRO-3's hooks find tensors in tuples but not in dataclasses.
+
+    y: (B, T, D). state: after the last token when `ctx.carry`, else None; a tuple of tensors. losses: scalars, summed
+    over the row's valid tokens, to be added to the training loss with their weight already applied. metrics: detached
+    scalars.
+    """
+
+    y: Tensor
+    state: Any = None
+    losses: dict[str, Tensor] | None = None
+    metrics: dict[str, Tensor] | None = None

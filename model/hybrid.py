@@ -1,0 +1,227 @@
+"""HybridLM: embedding, blocks in pattern order, norm, head and loss. The stack never asks which layer kind it holds.
+
+Legend: B batch rows, T tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
+from model.layers.base import Dims, LayerKind, VisibleKeys, norm_spec
+from model.ops.head import linear_cross_entropy
+from model.ops.norm import rms_norm
+from model.params import Normal, ParamSpec, Table, allocate_table, count_parameters, initialise, split_evenly
+
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Precision:
+    """compute: dtype of matmuls, convolutions and attention. residual: dtype of the residual stream."""
+
+    compute: torch.dtype = torch.float32
+    residual: torch.dtype = torch.float32
+
+
+class ModelState(NamedTuple):
+    """What decoding carries. layers: one state a layer (None for kinds without). position: (B,) int64, distance of the
+    next token from the start of its document."""
+
+    layers: tuple[Any, ...]
+    position: Tensor
+
+
+class ModelOutput(NamedTuple):
+    """nll: (B, T) float32, 0 where nothing is predicted; None without targets. logits: (B, T or 1, V) float32; None
+    with targets. state: when asked for. losses: auxiliary losses, summed over layers. metrics: per layer."""
+
+    nll: Tensor | None
+    logits: Tensor | None
+    state: ModelState | None
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class Norm(nn.Module):
+    """RMSNorm with float32 statistics."""
+
+    weight: nn.Parameter
+
+    def __init__(self, dims: Dims, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = dims.norm_eps
+        allocate_table(self, {"weight": norm_spec(dims.d_model)}, device)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, dtype=dtype)
+
+
+class Block(nn.Module):
+    """`x + layer(norm(x))`, or the layer alone for kinds that bring their own residual."""
+
+    def __init__(self, kind: LayerKind, dims: Dims, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.norm = Norm(dims, device) if kind.residual == "add" else None
+        self.mixer = kind.build(dims, device)
+
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> LayerOutput:
+        if self.norm is None:
+            return self.mixer(x, ctx=ctx, state=state)
+        out = self.mixer(self.norm(x, dtype=ctx.dtype), ctx=ctx, state=state)
+        return out._replace(y=x + out.y)
+
+
+class Embedding(nn.Module):
+    weight: nn.Parameter
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(tokens, self.weight).to(dtype)
+
+
+class Head(nn.Module):
+    """Logits or loss. Called as a module, tied or not, so that ZeRO-3 can gather its weight."""
+
+    weight: nn.Parameter
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return F.linear(x, self.weight.to(x.dtype)).float()[..., : self.vocab_size]
+        return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype)
+
+
+def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter of the model by its logical name, in the order of the forward pass."""
+    dims = config.dims
+    vocabulary = ParamSpec(
+        (config.vocab_size, config.d_model),
+        Normal(config.embedding_std),
+        split=split_evenly(0, config.vocab_size),
+        update="embedding",
+        pad_rows=VOCABULARY_MULTIPLE,
+    )
+    table = {"embedding.weight": vocabulary}
+    for index, layer in enumerate(config.stacked):
+        if layer.residual == "add":
+            table[f"blocks.{index}.norm.weight"] = norm_spec(config.d_model)
+        table |= {f"blocks.{index}.mixer.{name}": spec for name, spec in layer.table(dims).items()}
+    table["norm.weight"] = norm_spec(config.d_model)
+    if not config.tie_embeddings:
+        table["head.weight"] = vocabulary
+    return table
+
+
+def parameter_count(config: ModelConfig) -> int:
+    return count_parameters(model_table(config))
+
+
+def forward_flops(config: ModelConfig, length: int, keys: VisibleKeys) -> float:
+    """Model FLOPs of one forward pass per token; a training step is three times that.
+
+    length: tokens per row. keys: mean number of visible keys under a window (see `VisibleKeys`).
+    """
+    layers = sum(layer.costs(config.dims, length, keys).flops for layer in config.stacked)
+    return layers + 2 * config.d_model * config.vocab_size
+
+
+class HybridLM(nn.Module):
+    """A braid of layers as a language model.
+
+    config: the architecture. precision: explicit dtypes. recompute: run each block again in the backward pass instead
+    of keeping its activations. Parameters are allocated, not drawn: see `initialise_model`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision = Precision(),
+        *,
+        recompute: bool = False,
+        mesh: Collectives | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.precision, self.recompute = config, precision, recompute
+        self.mesh = mesh or SingleProcess()
+        self.embedding = Embedding()
+        self.blocks = nn.ModuleList(Block(layer, config.dims, device) for layer in config.stacked)
+        self.norm = Norm(config.dims, device)
+        self.head = Head(config.vocab_size)
+        ends = {name: spec for name, spec in self.table().items() if name in ("embedding.weight", "head.weight")}
+        allocate_table(self, ends, device)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def table(self) -> Table:
+        """Logical name -> ParamSpec, for every parameter of this model."""
+        return model_table(self.config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        targets: Tensor | None = None,
+        *,
+        state: ModelState | None = None,
+        carry: bool = False,
+        last_only: bool = False,
+        clock: int = 0,
+        noise: NoiseKey | None = None,
+    ) -> ModelOutput:
+        """tokens: (B, T) int64. starts: (B, T) bool, True where a document begins. targets: (B, T) int64, -100 where
+        nothing is predicted. state: what came before. carry: return the state after the last token. last_only: logits
+        of the last token alone. clock: tokens trained so far. noise: key of this step's randomness."""
+        documents = Documents.from_starts(starts, None if state is None else state.position)
+        x = self.embedding(tokens, dtype=self.precision.residual)
+        ctx = Context(
+            documents=documents,
+            dtype=self.precision.compute,
+            tokens=clock,
+            noise=noise,
+            embedding=x,
+            mesh=self.mesh,
+            carry=carry,
+        )
+        states, losses, metrics = [], {}, {}
+        for index, block in enumerate(self.blocks):
+            before = None if state is None else state.layers[index]
+            out = self._run(block, x, ctx.at(index), before)
+            x = out.y
+            states.append(out.state)
+            losses = _add_losses(losses, out.losses)
+            metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
+        x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
+        after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
+        result = self.head(x, targets)
+        nll, logits = (None, result) if targets is None else (result, None)
+        return ModelOutput(nll, logits, after, losses, metrics)
+
+    def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
+        return block(x, ctx=ctx, state=state)
+
+
+def _add_losses(total: dict[str, Tensor], more: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    for name, value in (more or {}).items():
+        total = total | {name: total[name] + value if name in total else value}
+    return total
+
+
+def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = None) -> None:
+    """Draws the initial values of every parameter (or of `names`), the same in every layout and on every device."""
+    table = model.table()
+    chosen = set(table if names is None else names)
+    for name, parameter in model.named_parameters():
+        if name in chosen:
+            initialise(parameter, name, table[name], seed)

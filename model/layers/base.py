@@ -1,0 +1,102 @@
+"""What every layer kind is: a frozen config that declares its parameters, costs and module, and the module's parts.
+
+Legend: B batch rows, T tokens, D width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.params import Constant, Init, Normal, ParamSpec, Split, Table, Uniform
+
+VisibleKeys = Callable[[int | None], float]
+"""`keys(window)`: mean number of keys that a query sees (itself included) under a window, None for no window."""
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What the stack tells a layer kind about itself.
+
+    d_model: width. n_residuals: number of layers that add to the residual stream. init_std: standard deviation of
+    initial matrices, None for uniform in ±1/sqrt(fan_in). rescale_outputs: divide the initial output projections by
+    sqrt(n_residuals). norm_eps: epsilon of every norm.
+    """
+
+    d_model: int
+    n_residuals: int
+    init_std: float | None = 0.02
+    rescale_outputs: bool = True
+    norm_eps: float = 1e-5
+
+    def matrix(self, fan_in: int, output: bool = False) -> Init:
+        """Initial values of a projection; `output` marks those that write to the residual stream."""
+        scale = 1 / math.sqrt(self.n_residuals) if output and self.rescale_outputs else 1.0
+        if self.init_std is None:
+            bound = scale / math.sqrt(fan_in)
+            return Uniform(-bound, bound)
+        return Normal(self.init_std * scale)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one layer.
+
+    flops: model FLOPs per token, forward. saved: elements per token, by size in bytes, that the forward pass keeps for
+    the backward pass (the norm before the layer and the residual stream aside). state_bytes: decoding state per row,
+    given the window or context length it was asked for.
+    """
+
+    flops: float
+    saved_compute: float
+    saved_float32: float
+    state_bytes: float
+
+    def saved_bytes(self, compute_bytes: int) -> float:
+        return self.saved_compute * compute_bytes + self.saved_float32 * 4
+
+
+class LayerKind(Protocol):
+    """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong."""
+
+    kind: str
+    residual: ClassVar[str]
+
+    def check(self, d_model: int) -> None: ...
+
+    def table(self, dims: Dims) -> Table: ...
+
+    def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs: ...
+
+    def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module: ...
+
+
+class Projection(nn.Module):
+    """`y = x W^T` in the dtype of x; W: (out, in). Called as a module, so that ZeRO-3 can gather its weight."""
+
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def projection_spec(
+    dims: Dims, rows: int, columns: int, *, output: bool = False, split: Split | None = None
+) -> ParamSpec:
+    """The spec of a plain projection (rows, columns)."""
+    return ParamSpec((rows, columns), dims.matrix(columns, output), split=split)
+
+
+def norm_spec(width: int, split: Split | None = None) -> ParamSpec:
+    """The spec of a norm's weight (width,)."""
+    return ParamSpec((width,), Constant(1.0), split=split, decay=False, update="vector")
+
+
+def require(ok: bool, key: str, got: object, wants: str) -> None:
+    """Raises ValueError naming the config key unless `ok`."""
+    if not ok:
+        raise ValueError(f"{key}: got {got}, wants {wants}")

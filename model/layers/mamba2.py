@@ -1,0 +1,178 @@
+"""Mamba-2 (arXiv 2405.21060): a selective state-space mixer by structured state-space duality.
+
+    z, x, B, C, dt = in_proj(u);  x, B, C = silu(conv(x, B, C));  dt = softplus(dt + dt_bias);  A = -exp(A_log)
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t;  y_t = S_t C_t + D x_t;  out = out_proj(RMSNorm(y * silu(z)))
+
+Layout and defaults follow section 7 of the paper and the public `mamba_ssm` Mamba2 module.
+
+Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P inner width, k convolution taps.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.context import Context, LayerOutput
+from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.ops.conv import causal_conv
+from model.ops.norm import gated_rms_norm
+from model.ops.ssd import ssd
+from model.params import (
+    Block,
+    Constant,
+    InverseSoftplusLogUniform,
+    ParamSpec,
+    Split,
+    Table,
+    Uniform,
+    allocate_table,
+    split_evenly,
+)
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """expand: inner width as a multiple of d_model. head_dim: P. d_state: N. n_groups: G, groups of heads that share B
+    and C. d_conv: taps of the causal convolution. chunk: tokens per chunk of the scan (a matter of speed alone).
+    dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time. A_range: range of
+    the initial -A."""
+
+    expand: float = 2.0
+    head_dim: int = 64
+    d_state: int = 128
+    n_groups: int = 1
+    d_conv: int = 4
+    conv_bias: bool = True
+    chunk: int = 128
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    A_range: tuple[float, float] = (1.0, 16.0)
+    kind: Literal["mamba2"] = "mamba2"
+    residual: ClassVar[str] = "add"
+
+    def d_inner(self, d_model: int) -> int:
+        return round(self.expand * d_model)
+
+    def n_heads(self, d_model: int) -> int:
+        return self.d_inner(d_model) // self.head_dim
+
+    def check(self, d_model: int) -> None:
+        inner = self.d_inner(d_model)
+        for key in ("expand", "head_dim", "d_state", "n_groups", "d_conv", "chunk", "dt_min", "dt_floor"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+        require(inner == self.expand * d_model, "expand", self.expand, f"a multiple that makes d_model={d_model} whole")
+        require(inner % self.head_dim == 0, "head_dim", self.head_dim, f"a divisor of the inner width {inner}")
+        heads = self.n_heads(d_model)
+        require(heads % self.n_groups == 0, "n_groups", self.n_groups, f"a divisor of the {heads} heads")
+        require(self.dt_min <= self.dt_max, "dt_max", self.dt_max, f"at least dt_min={self.dt_min}")
+        low, high = self.dt_limit
+        require(0 <= low < high, "dt_limit", list(self.dt_limit), "0 <= low < high")
+        require(0 < self.A_range[0] <= self.A_range[1], "A_range", list(self.A_range), "0 < low <= high")
+
+    def table(self, dims: Dims) -> Table:
+        inner, H, G, N = self.d_inner(dims.d_model), self.n_heads(dims.d_model), self.n_groups, self.d_state
+        heads, shared = split_evenly(0, H), Split(0, units=G, leaders=H)
+        xBC = (Block("x", inner, heads), Block("B", G * N, shared), Block("C", G * N, shared))
+        width = inner + 2 * G * N
+        blocks = (Block("z", inner, heads), *xBC, Block("dt", H, heads))
+        tap = 1 / math.sqrt(self.d_conv)
+        table = {
+            "in_proj.weight": ParamSpec(
+                (inner + width + H, dims.d_model), dims.matrix(dims.d_model), blocks=blocks
+            ),
+            "conv_weight": ParamSpec((width, self.d_conv), Uniform(-tap, tap), blocks=xBC, update="convolution"),
+            "conv_bias": ParamSpec((width,), Uniform(-tap, tap), blocks=xBC, decay=False, update="vector"),
+            "dt_bias": ParamSpec(
+                (H,),
+                InverseSoftplusLogUniform(self.dt_min, self.dt_max, self.dt_floor),
+                split=heads,
+                decay=False,
+                update="vector",
+            ),
+            "A_log": ParamSpec((H,), Uniform(*self.A_range, log=True), split=heads, decay=False, update="vector"),
+            "D": ParamSpec((H,), Constant(1.0), split=heads, decay=False, update="vector"),
+            "norm_weight": norm_spec(inner, split=heads),
+            "out_proj.weight": projection_spec(dims, dims.d_model, inner, output=True, split=split_evenly(1, H)),
+        }
+        if not self.conv_bias:
+            del table["conv_bias"]
+        return table
+
+    def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
+        inner, H, GN = self.d_inner(dims.d_model), self.n_heads(dims.d_model), self.n_groups * self.d_state
+        width = inner + 2 * GN
+        projections = 2 * dims.d_model * (inner + width + H) + 2 * inner * dims.d_model
+        chunk_states = inner * self.d_state / self.chunk
+        return Costs(
+            flops=projections + 2 * self.d_conv * width + 5 * inner * self.d_state,
+            saved_compute=dims.d_model + 2 * inner + 2 * width + inner,
+            saved_float32=2 * H + chunk_states,
+            state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
+        )
+
+    def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
+        return Mamba2(self, dims, device)
+
+
+class Mamba2State(NamedTuple):
+    """conv: (B, k-1, I + 2 G N), the last inputs of the convolution. ssm: (B, H, P, N) float32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba2(nn.Module):
+    conv_weight: nn.Parameter
+    conv_bias: nn.Parameter | None
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+    norm_weight: nn.Parameter
+
+    def __init__(self, config: Mamba2Config, dims: Dims, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config, self.eps = config, dims.norm_eps
+        inner, GN = config.d_inner(dims.d_model), config.n_groups * config.d_state
+        self.sizes = [inner, inner + 2 * GN, config.n_heads(dims.d_model)]
+        self.conv_sizes = [inner, GN, GN]
+        self.in_proj, self.out_proj = Projection(), Projection()
+        self.register_parameter("conv_bias", None)
+        allocate_table(self, config.table(dims), device)
+
+    def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
+        cfg = self.config
+        documents = None if ctx.documents.single and state is None else ctx.documents.index
+        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        xBC, conv = causal_conv(
+            xBC,
+            self.conv_weight,
+            self.conv_bias,
+            documents=documents,
+            state=None if state is None else state.conv,
+            activation="silu",
+            return_state=ctx.carry,
+        )
+        x, B, C = xBC.split(self.conv_sizes, dim=-1)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        if cfg.dt_limit != (0.0, math.inf):
+            dt = dt.clamp(*cfg.dt_limit)
+        y, ssm = ssd(
+            x.unflatten(-1, (-1, cfg.head_dim)),
+            dt,
+            -torch.exp(self.A_log),
+            B.unflatten(-1, (cfg.n_groups, -1)),
+            C.unflatten(-1, (cfg.n_groups, -1)),
+            D=self.D,
+            documents=documents,
+            initial_state=None if state is None else state.ssm,
+            chunk=cfg.chunk,
+            return_state=ctx.carry,
+        )
+        y = gated_rms_norm(y.flatten(2), z, self.norm_weight, self.eps, cfg.n_groups)
+        return LayerOutput(self.out_proj(y), Mamba2State(conv, ssm) if ctx.carry else None)

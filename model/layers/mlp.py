@@ -1,0 +1,77 @@
+"""The feed-forward layer: gated (SwiGLU, arXiv 2002.05202) or plain, with SiLU, GELU or squared ReLU.
+
+    gated:  y = W_down (act(W_gate x) * W_up x)        plain:  y = W_down act(W_up x)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.context import Context, LayerOutput
+from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_spec, require
+from model.ops.norm import swiglu
+from model.params import Block, ParamSpec, Table, allocate_table, split_evenly
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """d_hidden: hidden width. activation: "silu", "gelu" (tanh form off) or "relu2" (squared ReLU). gated: multiply
+    the activated gate with a second projection."""
+
+    d_hidden: int
+    activation: Literal["silu", "gelu", "relu2"] = "silu"
+    gated: bool = True
+    kind: Literal["mlp"] = "mlp"
+    residual: ClassVar[str] = "add"
+
+    def check(self, d_model: int) -> None:
+        require(self.d_hidden > 0, "d_hidden", self.d_hidden, "a positive width")
+
+    def table(self, dims: Dims) -> Table:
+        hidden = split_evenly(0, self.d_hidden)
+        blocks = (Block("gate", self.d_hidden, hidden), Block("up", self.d_hidden, hidden))
+        blocks = blocks if self.gated else blocks[1:]
+        rows = len(blocks) * self.d_hidden
+        return {
+            "up.weight": ParamSpec((rows, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),
+            "down.weight": projection_spec(
+                dims, dims.d_model, self.d_hidden, output=True, split=split_evenly(1, self.d_hidden)
+            ),
+        }
+
+    def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
+        matrices = 3 if self.gated else 2
+        return Costs(
+            flops=2 * matrices * dims.d_model * self.d_hidden,
+            saved_compute=dims.d_model + matrices * self.d_hidden,
+            saved_float32=0,
+            state_bytes=0,
+        )
+
+    def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
+        return MLP(self, dims, device)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: MLPConfig, dims: Dims, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.up, self.down = Projection(), Projection()
+        allocate_table(self, config.table(dims), device)
+
+    def forward(self, x: Tensor, ctx: Context, state: None = None) -> LayerOutput:
+        return LayerOutput(self.down(self._activate(self.up(x))))
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.config.gated:
+            gate, up = h.chunk(2, dim=-1)
+            return swiglu(gate, up) if self.config.activation == "silu" else self._plain(gate) * up
+        return self._plain(h)
+
+    def _plain(self, h: Tensor) -> Tensor:
+        if self.config.activation == "relu2":
+            return F.relu(h).square()
+        return F.silu(h) if self.config.activation == "silu" else F.gelu(h)

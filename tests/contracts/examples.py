@@ -1,0 +1,61 @@
+"""Small examples of every registered layer kind: what the contract tests run on. A new kind adds a line here."""
+
+import torch
+
+from model.config import ModelConfig
+from model.hybrid import HybridLM, Precision, initialise_model
+from model.layers.attention import AttentionConfig
+from model.layers.mamba2 import Mamba2Config
+from model.layers.mlp import MLPConfig
+from model.registry import KINDS, LayerConfig
+
+D_MODEL = 32
+
+EXAMPLES: dict[str, LayerConfig] = {
+    "mamba2": Mamba2Config(head_dim=8, d_state=16, chunk=8),
+    "mamba2 in groups": Mamba2Config(head_dim=8, d_state=8, n_groups=4, chunk=16, conv_bias=False, d_conv=3),
+    "mamba2 with limits": Mamba2Config(head_dim=16, d_state=8, chunk=5, dt_limit=(0.01, 0.05)),
+    "attention": AttentionConfig(n_heads=4),
+    "attention without positions": AttentionConfig(n_heads=4, n_kv_heads=2, rope_theta=None),
+    "sliding window": AttentionConfig(n_heads=4, n_kv_heads=1, window=6),
+    "window of one": AttentionConfig(n_heads=2, window=1),
+    "swiglu": MLPConfig(d_hidden=48),
+    "squared relu": MLPConfig(d_hidden=48, activation="relu2", gated=False),
+    "gelu": MLPConfig(d_hidden=48, activation="gelu", gated=False),
+}
+
+assert {example.kind for example in EXAMPLES.values()} == set(KINDS), "every registered kind needs an example"
+
+
+def braid(layer: LayerConfig, depth: int = 2, vocab_size: int = 61, seed: int = 1, **kwargs: object) -> HybridLM:
+    """An initialised model of `depth` such layers, its vectors shaken so that no term of the layer is idle."""
+    config = ModelConfig(vocab_size=vocab_size, d_model=D_MODEL, pattern=f"(L)x{depth}", layers={"L": layer}, **kwargs)
+    model = HybridLM(config, Precision())
+    initialise_model(model, seed)
+    shake(model, seed)
+    return model
+
+
+def shake(model: torch.nn.Module, seed: int) -> None:
+    """Larger matrices and unequal norm weights: outputs depend visibly on every input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" in name or parameter.dim() == 2:
+                parameter.mul_(5.0)
+            elif "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def tokens_and_starts(
+    lengths: list[int], rows: int = 2, vocab_size: int = 61, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens (rows, sum(lengths)) and the starts of documents of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    starts = torch.zeros(rows, total, dtype=torch.bool)
+    at = 0
+    for length in lengths:
+        starts[:, at] = True
+        at += length
+    return torch.randint(0, vocab_size, (rows, total), generator=generator), starts
