@@ -1,0 +1,274 @@
+"""Causal attention, full or in a sliding window, with grouped key/value heads and documents; rotary positions.
+
+    y_i = sum_j softmax_j(scale q_i . k_j) v_j     over j <= i, i - j < window, j in i's document
+
+The plain-torch path goes block by block over the queries, each against the span of keys it can see, with a backward
+that recomputes the probabilities: no tensor grows with T x T. Scores and softmax are float32 (products of bfloat16
+numbers are exact there); probabilities are rounded to the input's dtype for their matmuls, as flash kernels do.
+
+Legend: B batch, T tokens, L cached tokens, S = L + T keys, H query heads, K key/value heads, R = H/K, P head dim.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.ops.backend import HALVES, Backend, choose
+
+BLOCK = 128  # queries at a time; 64 to 256 measure alike
+
+_ALL = frozenset({"documents", "past", "window"})
+BACKENDS = (
+    Backend("flash_attn", _ALL - {"past"}, HALVES, module="flash_attn", device="cuda"),
+    Backend("torch", _ALL),
+    Backend("reference", _ALL),
+)
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the tokens before the row: k, v (B, L, K, P), of which the last `length` (B,) are valid."""
+
+    k: Tensor
+    v: Tensor
+    length: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    past: Past | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """q: (B, T, H, P). k, v: (B, T, K, P), K divides H. window: tokens a query sees, itself included; None: all.
+
+    documents: (B, T) int32, non-decreasing: a query sees its own document only; index 0 continues `past`. scale: of
+    the scores, 1/sqrt(P) unless given. Returns (B, T, H, P). A change in one document leaves the outputs and
+    gradients of the others bit-identical.
+    """
+    assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads do not divide into {k.shape[2]} key/value heads"
+    assert window is None or window > 0, "a window holds at least the token itself"
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    given = {"documents": documents is not None, "past": past is not None, "window": window is not None}
+    needs = [name for name, wanted in given.items() if wanted]
+    name = choose("attention", BACKENDS, backend, needs=needs, dtype=q.dtype, device=q.device).name
+    if name == "flash_attn":
+        return _flash(q, k, v, window, documents, scale)
+    k, v, document, limit = _with_past(q, k, v, documents, past, window)
+    if name == "reference":
+        return attention_reference(q, k, v, document, limit, scale)
+    if document is None and limit == k.shape[1]:  # nothing hidden but the future: torch's own kernel
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return _BlockAttention.apply(q, k, v, document, limit, scale)
+
+
+def _with_past(q, k, v, documents, past: Past | None, window: int | None):
+    """Keys and values with the cached ones before them, the document of each key (None: all the same one; -1: not a
+    valid cache entry), and how many keys a query can see at most."""
+    B, T = q.shape[:2]
+    if past is None:
+        return k, v, documents, min(window or T, T)
+    L = past.k.shape[1]
+    slots = torch.arange(L, device=q.device)
+    cached = torch.where(slots >= L - past.length[:, None], 0, -1).to(torch.int32)
+    if documents is None:
+        documents = torch.zeros(B, T, dtype=torch.int32, device=q.device)
+    k, v = torch.cat([past.k.to(k.dtype), k], 1), torch.cat([past.v.to(v.dtype), v], 1)
+    return k, v, torch.cat([cached, documents.to(torch.int32)], 1), min(window or L + T, L + T)
+
+
+def _hidden(document: Tensor | None, queries: range, keys: range, limit: int, device: torch.device) -> Tensor:
+    """(1 or B, 1, 1, queries, keys) bool: the query does not see the key. Both ranges count keys, cache included."""
+    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)
+    hidden = (j > i) | (i - j >= limit)
+    if document is not None:
+        mine = document[:, queries.start : queries.stop, None]
+        hidden = hidden | (mine != document[:, None, keys.start : keys.stop])
+    return hidden.view(-1, 1, 1, len(queries), len(keys))
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, limit: int, scale: float) -> Tensor:
+    """All T x S scores at once: the oracle. document: (B, S) or None, of the keys; queries are the last T of them."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    T, S, R = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = k.to(wide).repeat_interleave(R, 2), v.to(wide).repeat_interleave(R, 2)
+    scores = scale * torch.einsum("bihp,bjhp->bhij", q.to(wide), k)
+    hidden = _hidden(document, range(S - T, S), range(S), limit, q.device)[:, 0]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("bhij,bjhp->bihp", weights, v).to(q.dtype)
+
+
+def _flash(q, k, v, window: int | None, documents: Tensor | None, scale: float) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    visible = (-1, -1) if window is None else (window - 1, 0)
+    if documents is None:
+        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=visible)
+    B, T = documents.shape
+    fresh = torch.ones(B, 1, dtype=torch.bool, device=q.device)
+    starts = torch.cat([fresh, documents[:, 1:] != documents[:, :-1]], 1).flatten().nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([B * T])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    rows = (x.flatten(0, 1) for x in (q, k, v))
+    y = flash_attn_varlen_func(
+        *rows, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=visible
+    )
+    return y.view(q.shape)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, document, limit: int, scale: float):
+        B, T, H, P = q.shape
+        S, K = k.shape[1:3]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        kh, vh = _keys_first(k, wide), _keys_first(v, v.dtype)
+        out = torch.empty(B, T, H, P, dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, K, H // K, T, dtype=wide, device=q.device)
+        masks = _Masks(document, limit, wide, q.device)
+        for rows, queries, span in _blocks(T, S, limit):
+            visible, bias = masks.of(queries, span)
+            qh = _heads_first(q[:, rows], K).to(wide) * scale
+            scores = _dot(qh, kh[:, :, span].transpose(2, 3)).add_(bias)
+            top = scores.amax(-1, keepdim=True)
+            weights = _exp_(scores.sub_(top)).mul_(visible)
+            total = weights.sum(-1, keepdim=True)
+            lse[..., rows] = total.log().add_(top).squeeze(-1)
+            y = _dot(weights.to(q.dtype), vh[:, :, span])
+            out[:, rows] = _tokens_first(y / total)
+        ctx.save_for_backward(q, k, v, document, out, lse)
+        ctx.limit, ctx.scale = limit, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, document, out, lse = ctx.saved_tensors
+        T, (S, K), wide = q.shape[1], k.shape[1:3], lse.dtype
+        kh, vh = _keys_first(k, k.dtype), _keys_first(v, v.dtype)
+        kw = kh.to(wide)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (torch.zeros(kh.shape, dtype=wide, device=q.device) for _ in range(2))
+        masks = _Masks(document, ctx.limit, wide, q.device)
+        for rows, queries, span in _blocks(T, S, ctx.limit):
+            visible, _ = masks.of(queries, span)
+            qh, dyh = _heads_first(q[:, rows], K), _heads_first(dy[:, rows], K)
+            scores = _dot(qh.to(wide) * ctx.scale, kw[:, :, span].transpose(2, 3))
+            weights = _exp_(scores.sub_(lse[..., rows, None])).mul_(visible)
+            delta = (dyh.to(wide) * _heads_first(out[:, rows], K)).sum(-1, keepdim=True)
+            d_scores = _dot(dyh, vh[:, :, span].transpose(2, 3)).to(wide).sub_(delta).mul_(weights).to(q.dtype)
+            dv[:, :, span].add_(_over_queries(weights.to(q.dtype), dyh))
+            dk[:, :, span].add_(_over_queries(d_scores, qh), alpha=ctx.scale)
+            dq[:, rows] = _tokens_first(_dot(d_scores, kh[:, :, span]).mul_(ctx.scale))
+        return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None
+
+
+def _blocks(T: int, S: int, limit: int) -> Iterator[tuple[slice, range, slice]]:
+    """Blocks of queries: their rows, the same counted among the keys, and the span of keys that they can see."""
+    for start in range(S - T, S, BLOCK):
+        queries = range(start, min(start + BLOCK, S))
+        first = max(0, start - limit + 1) // 32 * 32  # matmuls like aligned slices
+        yield slice(start - (S - T), queries.stop - (S - T)), queries, slice(first, queries.stop)
+
+
+class _Masks:
+    """visible (1 or B, 1, 1, n, keys), 1 or 0, and the bias that keeps hidden keys from the maximum.
+
+    Hidden weights are multiplied by 0 after exp, whose argument is bounded below: exp of -inf and of what gives
+    subnormal numbers is several times slower on a CPU.
+    """
+
+    def __init__(self, document: Tensor | None, limit: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.document, self.limit, self.dtype, self.device = document, limit, dtype, device
+        self.known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def of(self, queries: range, span: slice) -> tuple[Tensor, Tensor]:
+        # Without documents, a mask depends on relative places only.
+        key = (len(queries), span.stop - span.start)
+        if self.document is not None or key not in self.known:
+            hidden = _hidden(self.document, queries, range(span.start, span.stop), self.limit, self.device)
+            visible = (~hidden).to(self.dtype)
+            self.known = {key: (visible, (visible - 1).mul_(1e30))}
+        return self.known[key]
+
+
+def _keys_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S, K, P) -> (B, K, S, P), contiguous."""
+    B, S, K, P = x.shape
+    return torch.empty(B, K, S, P, dtype=dtype, device=x.device).copy_(x.transpose(1, 2))
+
+
+def _heads_first(x: Tensor, K: int) -> Tensor:
+    """(B, n, H, P) -> (B, K, R, n, P), contiguous."""
+    return x.unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """(B, K, R, n, P) -> (B, n, H, P)."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """(B, K, R, n, a) @ (B, K, a, c) -> (B, K, R, n, c): the R heads of a group are rows of one matmul."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
+def _over_queries(weights: Tensor, x: Tensor) -> Tensor:
+    """(B, K, R, n, keys), (B, K, R, n, P) -> (B, K, keys, P)."""
+    return weights.flatten(2, 3).transpose(2, 3) @ x.flatten(2, 3)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    return x.clamp_(math.log(torch.finfo(x.dtype).tiny) / 2, 0).exp_()
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float, dims: int | None = None) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in float32: x (B, T, H, P), positions (B, T) -> x's dtype.
+
+    Dimension i of the first half of the rotated dimensions turns with its partner in the second half, by the angle
+    position * theta^(-2i/dims). dims: how many of the P dimensions turn, the first ones; all unless given.
+    """
+    dims = x.shape[-1] if dims is None else dims
+    assert dims % 2 == 0 and dims <= x.shape[-1], f"cannot turn {dims} of {x.shape[-1]} dimensions in pairs"
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, dims, 2, device=x.device, dtype=wide) / dims
+    angle = positions[..., None].to(wide) * theta**-exponent
+    return _Rotary.apply(x, angle.cos()[:, :, None], angle.sin()[:, :, None])
+
+
+class _Rotary(torch.autograd.Function):
+    """A rotation is undone by its inverse, so the backward needs the angles only."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    y[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    y[..., 2 * half :] = x[..., 2 * half :]
+    return y

@@ -1,0 +1,211 @@
+"""Causal depthwise convolution over time, as shifted multiply-adds, restarting at each document.
+
+    y_t = act(bias + sum_d weight[k-1-d] x_{t-d})        d = 0 .. k-1, over the x_{t-d} of t's document
+
+Legend: B batch, T tokens, C channels, k taps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.ops.backend import HALVES, Backend, choose
+
+# causal-conv1d takes documents or a state, not both.
+BACKENDS = (
+    Backend("causal_conv1d", frozenset({"documents", "state"}), HALVES, module="causal_conv1d", device="cuda"),
+    Backend("torch", frozenset({"documents", "state", "documents with state", "any width"})),
+    Backend("reference", frozenset({"documents", "state", "documents with state", "any width"})),
+)
+BLOCK = 2**18  # elements at a time: what stays in a core's cache
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    documents: Tensor | None = None,
+    state: Tensor | None = None,
+    activation: str | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x: (B, T, C). weight: (C, k). bias: (C,) or None. activation: "silu" or None.
+
+    documents: (B, T) int32, non-decreasing: a tap never reads another document; index 0 continues `state`, the k-1
+    inputs before the row, (B, k-1, C), zeros where there were none. Sums are float32. Returns y (B, T, C) in x's
+    dtype, and, if `return_state`, the last k-1 inputs of the last token's document.
+    """
+    assert activation in (None, "silu"), f"no activation {activation!r}; use 'silu' or None"
+    k = weight.shape[1]
+    if state is None:
+        given = {"documents": documents is not None}
+    else:
+        assert state.shape == (x.shape[0], k - 1, x.shape[2]), f"state has shape {tuple(state.shape)}"
+        given = {"state": True, "documents with state": documents is not None}
+    given["any width"] = k > 4
+    needs = [name for name, wanted in given.items() if wanted]
+    name = choose("conv", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
+    if name == "reference":
+        y = causal_conv_reference(x, weight, bias, documents, state, activation)
+    elif name == "causal_conv1d":
+        y = _causal_conv1d(x, weight, bias, documents, state, activation)
+    else:
+        y = _CausalConv.apply(x, weight, bias, documents, state, activation == "silu")
+    return y, _next_state(x, k, documents, state) if return_state else None
+
+
+def _next_state(x: Tensor, k: int, documents: Tensor | None, state: Tensor | None) -> Tensor:
+    padded, index = _padded(x, k, state), _padded_index(x, k, documents)
+    taps = slice(padded.shape[1] - (k - 1), None)
+    return torch.where((index[:, taps] == index[:, -1:])[..., None], padded[:, taps], 0)
+
+
+def _padded(x: Tensor, k: int, state: Tensor | None) -> Tensor:
+    """The inputs with the k-1 before them: (B, k-1+T, C)."""
+    if state is None:
+        state = x.new_zeros(x.shape[0], k - 1, x.shape[2])
+    return torch.cat([state.to(x.dtype), x], 1)
+
+
+def _padded_index(x: Tensor, k: int, documents: Tensor | None) -> Tensor:
+    """The documents of those inputs; what the state holds is of index 0."""
+    if documents is None:
+        return torch.zeros(x.shape[0], k - 1 + x.shape[1], dtype=torch.int32, device=x.device)
+    return F.pad(documents, (k - 1, 0))
+
+
+def causal_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token: x (B, C), state (B, k-1, C) -> (y (B, C), new state)."""
+    y, new = causal_conv(
+        x[:, None], weight, bias, state=state, activation=activation, return_state=True, backend="reference"
+    )
+    assert new is not None
+    return y[:, 0], new
+
+
+def causal_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None = None,
+    state: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The equation, tap by tap over the whole row."""
+    T, k = x.shape[1], weight.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    padded, index = _padded(x, k, state).to(wide), _padded_index(x, k, documents)
+    y = torch.zeros(x.shape, dtype=wide, device=x.device) if bias is None else bias.to(wide).expand(x.shape)
+    for d in range(k):
+        there = slice(k - 1 - d, k - 1 - d + T)
+        same = (index[:, there] == index[:, k - 1 :])[..., None]
+        y = y + weight[:, k - 1 - d].to(wide) * torch.where(same, padded[:, there], 0)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+class _CausalConv(torch.autograd.Function):
+    """Saves its inputs only: the pre-activation is computed again, block by block of tokens."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, documents, state, silu: bool):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        row = _Row(x, weight.to(wide), None if bias is None else bias.to(wide), documents, state)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for span in row.spans():
+            h = row.convolve(span, row.inputs(span), row.same(span))
+            y[:, span].copy_(F.silu(h, inplace=True) if silu else h)
+        ctx.save_for_backward(x, weight, bias, documents, state)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, documents, state = ctx.saved_tensors
+        wide, k = torch.float64 if x.dtype == torch.float64 else torch.float32, weight.shape[1]
+        row = _Row(x, weight.to(wide), None if bias is None else bias.to(wide), documents, state)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        taps = row.taps
+        d_taps = torch.zeros_like(taps)
+        d_bias = torch.zeros_like(taps[0])
+        # A block's taps reach k-1 tokens back, into the block before it, which comes next.
+        reached = x.new_zeros(x.shape[0], k - 1, x.shape[2], dtype=wide)
+        for span in reversed(row.spans()):
+            inputs, same, n = row.inputs(span), row.same(span), span.stop - span.start
+            dh = dy[:, span].to(wide)
+            if ctx.silu:
+                dh = torch.ops.aten.silu_backward(dh, row.convolve(span, inputs, same))
+            d_bias += dh.sum((0, 1))
+            d_inputs = torch.zeros_like(inputs)
+            d_inputs[:, n:] += reached
+            for d in range(k):
+                there = slice(k - 1 - d, k - 1 - d + n)
+                masked = dh if d == 0 or same is None else dh * same[d - 1]
+                d_taps[d] += (masked * inputs[:, there]).sum((0, 1))
+                d_inputs[:, there].addcmul_(masked, taps[d])
+            dx[:, span] = d_inputs[:, k - 1 :]
+            reached = d_inputs[:, : k - 1]
+        d_weight = d_taps.flip(0).t().to(weight.dtype)
+        d_state = None if state is None else reached.to(state.dtype)
+        return dx, d_weight, None if bias is None else d_bias.to(bias.dtype), None, d_state, None
+
+
+class _Row:
+    """The inputs by blocks of tokens, with what their taps reach."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, state: Tensor | None):
+        self.x, self.bias, self.state, self.dtype = x, bias, state, weight.dtype
+        self.taps = weight.t().flip(0).contiguous()  # (k, C), by distance
+        self.k = weight.shape[1]
+        self.index = None if documents is None else _padded_index(x, self.k, documents)
+
+    def spans(self) -> list[slice]:
+        B, T, C = self.x.shape
+        size = max(self.k - 1, BLOCK // (B * C), 1)
+        return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+    def inputs(self, span: slice) -> Tensor:
+        """(B, k-1+n, C): the inputs of the block and the k-1 before them."""
+        reach = self.k - 1
+        if span.start == 0:
+            return _padded(self.x[:, : span.stop], self.k, self.state).to(self.dtype)
+        return self.x[:, span.start - reach : span.stop].to(self.dtype)
+
+    def same(self, span: slice) -> list[Tensor] | None:
+        """For each distance d = 1 .. k-1 (B, n, 1): 1 where token t-d is of t's document, else 0; None if all are."""
+        if self.index is None:
+            return None
+        reach = self.k - 1
+        index = self.index[:, span.start : span.stop + reach]
+        if bool((index[:, 0] == index[:, -1]).all()):
+            return None
+        n = span.stop - span.start
+        pairs = (index[:, reach - d : reach - d + n] == index[:, reach:] for d in range(1, self.k))
+        return [pair[..., None].to(self.dtype) for pair in pairs]
+
+    def convolve(self, span: slice, inputs: Tensor, same: list[Tensor] | None) -> Tensor:
+        n, reach = span.stop - span.start, self.k - 1
+        h = inputs[:, reach:] * self.taps[0]
+        if self.bias is not None:
+            h += self.bias
+        for d in range(1, self.k):
+            x = inputs[:, reach - d : reach - d + n]
+            h.addcmul_(x if same is None else x * same[d - 1], self.taps[d])
+        return h
+
+
+def _causal_conv1d(x, weight, bias, documents, state, activation) -> Tensor:
+    # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has.
+    from causal_conv1d import causal_conv1d_fn
+
+    x = x.contiguous().transpose(1, 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    index = None if documents is None else documents.to(torch.int32).contiguous()
+    before = None if state is None else state.to(x.dtype).contiguous().transpose(1, 2)
+    y = causal_conv1d_fn(x, weight.to(x.dtype), bias, seq_idx=index, initial_states=before, activation=activation)
+    return y.transpose(1, 2)

@@ -1,0 +1,158 @@
+"""RMS norms, plain and gated, and the gated activation of SwiGLU, with backwards that recompute.
+
+    rms_norm(x) = w x / sqrt(mean(x^2) + eps)
+    gated_rms_norm(y, z) = rms_norm(y silu(z)), per group          (Mamba-2, arXiv 2405.21060)
+    swiglu(g, u) = silu(g) u
+
+All of it is elementwise work on rows: in plain bfloat16 torch each op rounds, allocates and walks the whole tensor.
+Here rows go through in blocks that stay in the cache, in float32, and only inputs are saved.
+
+Legend: n rows (all leading dimensions together), D width, M groups.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 2**17  # elements at a time: what stays in a core's cache with its temporaries
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x: (..., D). weight: (D,). Statistics are float32 (float64 for float64). Returns `dtype`, x's unless given."""
+    return _Norm.apply(x, None, weight, eps, 1, False, dtype or x.dtype)
+
+
+def gated_rms_norm(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    *,
+    norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y, z: (..., D). weight: (D,). groups: of D/groups neighbours, each with its own mean square.
+
+    norm_before_gate: rms_norm(y) silu(z) instead of rms_norm(y silu(z)). Returns `dtype`, y's unless given.
+    """
+    assert y.shape[-1] % groups == 0, f"{y.shape[-1]} channels do not divide into {groups} groups"
+    return _Norm.apply(y, z, weight, eps, groups, norm_before_gate, dtype or y.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, elementwise, computed in float32: same shapes (..., D) -> gate's dtype."""
+    return _SwiGLU.apply(gate, up)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """The equation, at once: the oracle."""
+    grouped = x.to(_wide(x)).unflatten(-1, (groups, -1))
+    normal = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
+    return (normal.flatten(-2) * weight).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # a view for slices of a wider last dimension, too
+
+
+def _blocks(n: int, width: int) -> Iterator[slice]:
+    size = max(1, BLOCK // width)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z, weight, eps: float, groups: int, norm_first: bool, dtype: torch.dtype):
+        wide, (xs, zs) = _wide(x), (_rows(x), None if z is None else _rows(z))
+        n, D = xs.shape
+        w = weight.to(wide).view(groups, -1)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        scale = torch.empty(n, groups, 1, dtype=wide, device=x.device)
+        for rows in _blocks(n, D):
+            h = xs[rows].to(wide)
+            if zs is not None and not norm_first:
+                h = F.silu(zs[rows].to(wide)).mul_(h)
+            h = h.view(-1, *w.shape)
+            r = _inverse_rms(h, eps, out=scale[rows])
+            y = (h * r).mul_(w).view(-1, D)
+            if zs is not None and norm_first:
+                y.mul_(F.silu(zs[rows].to(wide)))
+            out.view(-1, D)[rows] = y
+        ctx.save_for_backward(x, z, weight, scale)
+        ctx.norm_first = norm_first
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, z, weight, scale = ctx.saved_tensors
+        wide, xs, zs, dys = _wide(x), _rows(x), None if z is None else _rows(z), _rows(dy)
+        n, D = xs.shape
+        w = weight.to(wide).view(scale.shape[1], -1)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        dw = torch.zeros_like(w)
+        for rows in _blocks(n, D):
+            xb, g, r = xs[rows].to(wide), dys[rows].to(wide), scale[rows]
+            h = xb
+            if zs is not None:
+                zb = zs[rows].to(wide)
+                gate = F.silu(zb)
+                if ctx.norm_first:
+                    d_gate, g = g, g * gate
+                else:
+                    h = xb * gate
+            normal = h.view(-1, *w.shape) * r
+            g = g.view(-1, *w.shape)
+            dw += (g * normal).sum(0)
+            if zs is not None and ctx.norm_first:
+                d_gate = d_gate * (normal * w).view(-1, D)
+            g = g * w
+            along = (g * normal).mean(-1, keepdim=True)
+            dh = g.addcmul_(normal, along, value=-1).mul_(r).view(-1, D)
+            if zs is not None:
+                if not ctx.norm_first:
+                    d_gate, dh = dh * xb, dh * gate
+                dz.view(-1, D)[rows] = torch.ops.aten.silu_backward(d_gate, zb)
+            dx.view(-1, D)[rows] = dh
+        return dx, dz, dw.view(D).to(weight.dtype), None, None, None, None
+
+
+def _inverse_rms(h: Tensor, eps: float, out: Tensor) -> Tensor:
+    """1 / sqrt(mean square + eps) of h (n, M, D/M), into out (n, M, 1)."""
+    torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=out)
+    return out.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        wide, gates, ups = _wide(gate), _rows(gate), _rows(up)
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        flat = out.view(-1, gate.shape[-1])
+        for rows in _blocks(*gates.shape):
+            flat[rows] = F.silu(gates[rows].to(wide)).mul_(ups[rows])
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        wide, gates, ups, dys = _wide(gate), _rows(gate), _rows(up), _rows(dy)
+        d_gate, d_up = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, up))
+        d_gates, d_ups = _rows(d_gate), _rows(d_up)
+        for rows in _blocks(*gates.shape):
+            g, d = gates[rows].to(wide), dys[rows].to(wide)
+            d_ups[rows] = F.silu(g).mul_(d)
+            d_gates[rows] = torch.ops.aten.silu_backward(d * ups[rows], g)
+        return d_gate, d_up

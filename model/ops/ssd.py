@@ -1,0 +1,175 @@
+"""The state-space dual (SSD) recurrence of Mamba-2 (arXiv 2405.21060, section 6), with documents.
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
+
+Three forms of the same map: `ssd_reference` (token by token, the oracle), `ssd_quadratic` (the dual form, an oracle
+for tests) and the chunked one (`model/ops/ssd_chunked.py`) that `ssd` runs. On CUDA `ssd` takes mamba-ssm's kernels
+where they are installed.
+
+Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by the H/G heads of a group), N state.
+"""
+
+import torch
+from torch import Tensor
+
+from model.ops.backend import HALVES, Backend, choose
+from model.ops.ssd_chunked import ssd_chunked
+
+_ALL = frozenset({"documents", "initial_state", "final_state"})
+BACKENDS = (
+    Backend("mamba_ssm", _ALL, HALVES | {torch.float32}, module="mamba_ssm", device="cuda"),
+    Backend("torch", _ALL),
+    Backend("reference", _ALL),
+)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    documents: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk: int | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """SSD over whole rows.
+
+    x: (B, T, H, P), in the compute dtype. dt: (B, T, H) float32, positive (softplus already applied). A: (H,) float32,
+    negative. B, C: (B, T, G, N). D: (H,) skip weight. documents: (B, T) int32, non-decreasing: equal index means the
+    same document, index 0 continues `initial_state`, a larger one never sees it. initial_state: (B, H, P, N) float32.
+    chunk: tokens per chunk; the result does not depend on it. backend: see `model.ops.backend.choose`.
+
+    Decay, cumulative sums and states are float32, matmuls run in x's dtype; everything is float64 for float64 x.
+    Returns y (B, T, H, P) in x's dtype, and the state after the last token (that of its document), (B, H, P, N), if
+    `return_state`. A change in one document leaves the others' outputs and gradients bit-identical (plain torch).
+    """
+    _check(x, dt, A, B, C, documents, initial_state)
+    given = {
+        "documents": documents is not None,
+        "initial_state": initial_state is not None,
+        "final_state": return_state,
+    }
+    needs = [name for name, wanted in given.items() if wanted]
+    name = choose("ssd", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
+    if name == "reference":
+        y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
+    elif name == "mamba_ssm":
+        y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128)
+    else:
+        y, state = ssd_chunked(x, dt, A, B, C, D, documents, initial_state, chunk)
+    return y, state if return_state else None
+
+
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, state: Tensor | None):
+    b, T, H, P = x.shape
+    G, N = B.shape[2:]
+    assert T > 0, "ssd needs at least one token"
+    assert H % G == 0, f"{H} heads do not divide into {G} groups"
+    assert dt.shape == (b, T, H), f"dt has shape {tuple(dt.shape)}, x {tuple(x.shape)}"
+    assert A.shape == (H,), f"A has shape {tuple(A.shape)} for {H} heads"
+    assert B.shape == C.shape == (b, T, G, N), f"B {tuple(B.shape)}, C {tuple(C.shape)}, x {tuple(x.shape)}"
+    assert documents is None or documents.shape == (b, T), "documents has another shape than the row"
+    assert state is None or state.shape == (b, H, P, N), "initial_state has another shape than (B, H, P, N)"
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def ssd_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state)."""
+    wide, heads = _wide(x), x.shape[1]
+    Bh = B.to(wide).repeat_interleave(heads // B.shape[1], 1)
+    Ch = C.to(wide).repeat_interleave(heads // C.shape[1], 1)
+    dt, xw = dt.to(wide), x.to(wide)
+    decay = torch.exp(dt * A.to(wide))
+    state = decay[..., None, None] * state.to(wide) + (dt[..., None] * xw)[..., None] * Bh[:, :, None]
+    y = (state @ Ch[..., None]).squeeze(-1)
+    if D is not None:
+        y = y + D.to(wide)[:, None] * xw
+    return y.to(x.dtype), state
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    documents: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token: slow and obvious. Arguments and results as in `ssd`."""
+    b, T, H, P = x.shape
+    state = x.new_zeros(b, H, P, B.shape[-1], dtype=_wide(x)) if initial_state is None else initial_state
+    ys = []
+    for t in range(T):
+        if documents is not None:
+            before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
+            state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0)
+        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        ys.append(y)
+    return torch.stack(ys, 1), state
+
+
+def ssd_quadratic(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    documents: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i): quadratic in T, for tests."""
+    b, T, H, P = x.shape
+    wide, repeats = _wide(x), H // B.shape[2]
+    xw, dt = x.to(wide), dt.to(wide)
+    Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)
+    index = torch.zeros(b, T, dtype=torch.int32, device=x.device) if documents is None else documents
+    log_decay = (dt * A.to(wide)).transpose(1, 2)  # (B, H, T)
+    later = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(-1)
+    # Segment sums by a masked cumulative sum: column j sums the decays of the tokens after j.
+    segment = log_decay[..., None].expand(b, H, T, T).masked_fill(~later, 0).cumsum(-2)
+    visible = (later | torch.eye(T, dtype=torch.bool, device=x.device)) & (index[:, :, None] == index[:, None])
+    L = segment.masked_fill(~visible[:, None], float("-inf")).exp()
+    dtx = dt[..., None] * xw
+    y = torch.einsum("bhij,bihn,bjhn,bjhp->bihp", L, Ch, Bh, dtx)
+    state = torch.einsum("bhj,bjhn,bjhp->bhpn", L[:, :, -1], Bh, dtx)
+    if initial_state is not None:
+        carried = log_decay.cumsum(-1).masked_fill((index != 0)[:, None], float("-inf")).exp()  # (B, H, T)
+        y = y + torch.einsum("bhi,bihn,bhpn->bihp", carried, Ch, initial_state)
+        state = state + carried[:, :, -1, None, None] * initial_state
+    if D is not None:
+        y = y + D.to(wide)[:, None] * xw
+    return y.to(x.dtype), state
+
+
+def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple[Tensor, Tensor]:
+    # Its seq_idx has our meaning: the state passed in belongs to index 0.
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk,
+        D=D,
+        initial_states=initial_state,
+        seq_idx=None if documents is None else documents.to(torch.int32).contiguous(),
+        dt_softplus=False,
+        return_final_states=True,
+    )
