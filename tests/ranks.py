@@ -1,0 +1,82 @@
+"""Real processes with a gloo process group between them, for tests.
+
+    results = run_ranks(work, 2, "argument")     # work("argument") on ranks 0 and 1; what each returned, by rank
+
+`work` must be a function of a module (it is imported by the ranks). It finds RANK and WORLD_SIZE in the environment, as
+torchrun would set them, and a current directory of the test's.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(
+    work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Connection
+) -> None:
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answer = ("result", work(*arguments))
+    except BaseException:
+        answer = ("error", traceback.format_exc())
+    pipe.send(answer)
+    pipe.recv()  # tensors are shared with the parent: stay until it has them
+
+
+def run_ranks(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
+    """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order.
+
+    Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
+    """
+    context = multiprocessing.get_context("spawn")
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks, pipes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        process = context.Process(target=_rank_main, args=(work, arguments, environment, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        ranks.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_s)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        missing = [rank for rank in range(len(pipes)) if rank not in results]
+        assert ready, f"ranks {missing} gave no result in time"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a word") from None
+            assert kind == "result", f"rank {rank} failed:\n{value}"
+            results[rank] = value
+    for pipe in pipes:
+        pipe.send(None)
+    return [results[rank] for rank in range(len(pipes))]

@@ -1,0 +1,224 @@
+"""The training engine: any module under ZeRO 0, 1, 2 or 3 by DeepSpeed. The only file that imports deepspeed.
+
+Parameters are stored in float32 and the model casts them itself, so DeepSpeed's bf16, fp16 and autocast stay off, as
+do its clipping and its overflow checks: gradients are sums over ranks, their norm is taken in `train/health.py`, and
+what is applied is what was computed, at any stage and on any number of ranks. What differs between stages is in
+`train/zero.py`.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.params import Table
+from train.health import GradientFragment
+from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
+from train.parallel import Mesh
+from train.zero import WEIGHT, Reader, Shard, Stage, Stage0, Stage3, Stage12
+
+STAGES: dict[int, type[Stage]] = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
+REDUCE_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+OPTIMIZER = "optimizer/"
+"""Kinds of saved values are `weight` and `optimizer/<name of the state>`."""
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """Sizes in elements; they decide speed and memory, never results.
+
+    reduce_bucket: gradients that travel together. gather_bucket: weights that travel together after a step (ZeRO 1-2).
+    prefetch: weights gathered ahead of their use (ZeRO 3). persistent: parameters up to this size stay gathered
+    (ZeRO 3). live: weights gathered at any one time (ZeRO 3). sub_group: weights stepped at a time (ZeRO 3).
+    """
+
+    reduce_bucket: int = 50_000_000
+    gather_bucket: int = 100_000_000
+    prefetch: int = 50_000_000
+    persistent: int = 100_000
+    live: int = 1_000_000_000
+    sub_group: int = 100_000_000
+
+
+class Owned(NamedTuple):
+    """Saved values of elements `[start, stop)` of a local parameter: kind -> flat view."""
+
+    name: str
+    start: int
+    stop: int
+    values: dict[str, Tensor]
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for `device`, quiet.
+
+    No compiled op of DeepSpeed is used, so none is offered: otherwise its first process group probes every op and
+    builds a shared-memory collective with g++, which takes half a minute and can hang on a stale lock.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    assert get_accelerator().device_name() == device.type, "deepspeed was imported before, for another device"
+    deepspeed.ops.__compatible_ops__ = {}
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
+    return deepspeed
+
+
+class Engine:
+    """Trains `model` under a ZeRO stage.
+
+    model: any module, with its initial values drawn. table: logical name -> spec, with the names of
+    `model.named_parameters()`. optimizer: its config. zero_stage: 0 replicates everything, 1 shards optimizer states,
+    2 also gradients, 3 also weights. reduce_dtype: of gradient sums over ranks, where the table names none.
+
+    A step is: for each micro-batch `loss = ...engine(...)` and `backward(loss, last)`, then `gradients()` to judge
+    them, then `apply` or `discard`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: Table,
+        optimizer: AdamWConfig,
+        *,
+        zero_stage: int,
+        mesh: Mesh,
+        reduce_dtype: torch.dtype = torch.float32,
+        options: ZeroOptions = ZeroOptions(),
+    ) -> None:
+        if zero_stage not in STAGES:
+            raise ValueError(f"zero_stage: got {zero_stage}, wants one of 0, 1, 2, 3")
+        if reduce_dtype not in REDUCE_DTYPES:
+            raise ValueError(f"reduce_dtype: got {reduce_dtype}, wants float32 or bfloat16")
+        model.to(mesh.device)
+        self.mesh, self.table, self.zero_stage = mesh, table, zero_stage
+        groups = parameter_groups(model.named_parameters(), table, optimizer.weight_decay)
+        dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
+        assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
+        self.optimizer = build_optimizer(optimizer, groups)
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, numel)
+        deepspeed = import_deepspeed(mesh.device)
+        self._gather = deepspeed.zero.GatheredParameters
+        self.deepspeed = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
+        self.stage = STAGES[zero_stage](self.deepspeed, table, mesh, reduce_dtype)
+        for home in self.stage.homes():
+            initialise_state(self.optimizer, home)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, to be called as it is."""
+        return self.deepspeed.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`, summed over ranks, to the gradients of this step.
+
+        loss: this rank's share of the global loss, so that shares add up to it. last: no micro-batch follows.
+        """
+        self.stage.backward(loss, last)
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        """The owned fragments of the summed gradients; over all ranks, each element of each parameter once."""
+        return self.stage.gradients()
+
+    def apply(self, learning_rate: float, scale: float = 1.0) -> None:
+        """One optimizer step with the gradients times `scale`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if scale != 1.0:
+            self.stage.scale(scale)
+        self.deepspeed.step()
+        self.stage.forget_gradients()
+
+    def discard(self) -> None:
+        """Forgets the gradients of this step; weights, moments and step counter stay as they are."""
+        self.stage.forget_gradients()
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps taken."""
+        return int(next(iter(self.optimizer.state.values()))["step"].item())
+
+    def owned(self) -> Iterator[Owned]:
+        """What this rank saves: weights and optimizer states; over all ranks, each element once."""
+        for shard in self.stage.trained + self.stage.frozen:
+            values = {WEIGHT: shard.of(shard.home)}
+            values |= {OPTIMIZER + key: shard.of(state) for key, state in self._states(shard)}
+            yield Owned(shard.name, shard.start, shard.stop, values)
+
+    def _states(self, shard: Shard) -> Iterable[tuple[str, Tensor]]:
+        trained = shard.home in self.optimizer.state
+        return elementwise_state(self.optimizer, shard.home).items() if trained else ()
+
+    @torch.no_grad()
+    def load(self, read: Reader, steps: int) -> None:
+        """Restores every weight and optimizer state from `read`, and the number of optimizer steps taken.
+
+        Values may have been saved at any stage by any number of ranks.
+        """
+        self.stage.load_weights(read)
+        for shard in self.stage.restored():
+            for key, state in self._states(shard):
+                shard.of(state).copy_(read(shard.name, OPTIMIZER + key, shard.start, shard.stop))
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
+        self.stage.forget_gradients()
+
+    @contextmanager
+    def gathered(self, names: Iterable[str] | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Whole local parameters (all, or `names`) while the context lasts; every rank must enter it."""
+        parameters = dict(self.module.named_parameters())
+        chosen = {name: parameters[name] for name in (parameters if names is None else names)}
+        with self._gather(list(chosen.values())) if self.zero_stage == 3 else nullcontext():
+            yield {name: parameter.detach() for name, parameter in chosen.items()}
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks from the module."""
+        self.deepspeed.destroy()
+
+
+def deepspeed_config(
+    stage: int, mesh: Mesh, reduce_dtype: torch.dtype, options: ZeroOptions, numel: int
+) -> dict[str, Any]:
+    """The DeepSpeed config of a model with `numel` parameters: buckets fit it, all else is switched off."""
+    bucket = max(1, min(options.reduce_bucket, numel))
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}
+    if stage > 0:
+        zero["overlap_comm"] = mesh.device.type == "cuda"
+    if stage in (1, 2):
+        zero |= {"allgather_bucket_size": options.gather_bucket // 2 * 2, "compute_grad_norm": False}
+    if stage == 3:
+        zero |= {
+            "sub_group_size": options.sub_group,
+            "stage3_prefetch_bucket_size": options.prefetch,
+            "stage3_param_persistence_threshold": options.persistent,
+            "stage3_max_live_parameters": options.live,
+            "stage3_max_reuse_distance": options.live,
+        }
+    return {
+        "train_batch_size": mesh.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        "communication_data_type": REDUCE_DTYPES[reduce_dtype],
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": sys.maxsize,
+        "timers": {"throughput": {"enabled": False}},
+    }

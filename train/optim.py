@@ -1,0 +1,83 @@
+"""Optimizers: their configs, parameter groups read from the parameter table, and their state before the first step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.params import Table
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW (arXiv 1711.05101). learning_rate: the peak, which the schedule multiplies. betas: decay of the moments.
+    weight_decay: of the parameters that the table marks as decaying; all others have none."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    kind: Literal["adamw"] = "adamw"
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(ok, "betas", list(self.betas), "two numbers in [0, 1)")
+        _require(self.eps > 0, "eps", self.eps, "a positive number")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number that is not negative")
+
+
+def _require(ok: bool, key: str, got: object, wants: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}: got {got}, wants {wants}")
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], table: Table, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: those that decay and those that do not, empty groups left out.
+
+    parameters: `module.named_parameters()`. Every parameter must be in the table and the other way round.
+    """
+    named = dict(parameters)
+    assert named.keys() == table.keys(), f"table and module disagree about {sorted(named.keys() ^ table.keys())}"
+    for name, parameter in named.items():
+        frozen = table[name].frozen
+        assert parameter.requires_grad != frozen, f"{name}: requires_grad disagrees with the table's frozen={frozen}"
+    trainable = [name for name in named if not table[name].frozen]
+    decaying = [name for name in trainable if table[name].decay]
+    others = [name for name in trainable if not table[name].decay]
+    groups = [(decaying, weight_decay), (others, 0.0)]
+    members = [id(named[name]) for names, _ in groups for name in names]
+    assert len(set(members)) == len(members) == len(trainable), "groups must cover every parameter exactly once"
+    return [
+        {"params": [named[name] for name in names], "names": names, "weight_decay": decay}
+        for names, decay in groups
+        if names
+    ]
+
+
+def build_optimizer(config: AdamWConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The torch optimizer over `groups`, fused where the device has a fused kernel."""
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device in ("cpu", "cuda")
+    )
+
+
+def initialise_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Gives `parameter` the state that it has before the first step, as `torch.optim.AdamW` would create it."""
+    assert isinstance(optimizer, torch.optim.AdamW), f"no initial state known for {type(optimizer).__name__}"
+    optimizer.state[parameter] = {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
+
+def elementwise_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The states of `parameter` that have one value an element, by name, flattened."""
+    state = optimizer.state[parameter]
+    return {key: value.view(-1) for key, value in state.items() if key != "step"}

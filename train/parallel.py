@@ -1,0 +1,111 @@
+"""The mesh: which ranks there are, the device of this one, and what they tell each other.
+
+Every rank is a data-parallel rank; tensor parallelism has size 1, so the collectives that layers ask for do nothing.
+"""
+
+import os
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Mesh:
+    """The process group and this rank's place in it; also the `Collectives` of `model/context.py`.
+
+    rank, size: of data parallelism. device: where this rank computes. tensor_rank, tensor_size: of tensor parallelism.
+    """
+
+    tensor_rank = 0
+    tensor_size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    @property
+    def main(self) -> bool:
+        """This rank writes what only one rank may write."""
+        return self.rank == 0
+
+    def sum_over_tensor(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Adds up `x` over the data ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum(self, value: float) -> float:
+        """Sum over the data ranks in float64."""
+        return self.sum_(torch.tensor(value, dtype=torch.float64)).item()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        return self.sum(float(flag)) > 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in rank order, on every rank."""
+        values: list[T] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.sum(0.0)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> "Mesh":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device of this rank: `cuda` (by LOCAL_RANK) or `cpu`; `auto` takes cuda where there is one.
+
+    Raises ValueError for another name, or when CUDA is asked for and not there.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device: got {device!r}, wants one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch finds no CUDA device here; wants auto or cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"device: LOCAL_RANK={local_rank}, but there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", local_rank)
+
+
+def open_mesh(device: str = "auto", *, timeout_s: float = 1800) -> Mesh:
+    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or is the only one.
+
+    Tensors on a GPU travel by NCCL, those on the CPU by gloo, in one process group. A collective that takes longer
+    than `timeout_s` fails.
+    """
+    chosen = choose_device(device)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        os.environ["LOCAL_RANK"] = "0"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return Mesh(chosen)

@@ -1,0 +1,282 @@
+"""Where each ZeRO stage keeps weights, gradients and optimizer states: one class a stage, one face for `Engine`.
+
+These classes know the inside of DeepSpeed 0.19.8's optimizers and import nothing of it. A *local* parameter is
+flattened in C order; a *shard* is a range `[start, stop)` of it that this rank owns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.params import Table
+from train.health import GradientFragment
+from train.parallel import Mesh
+
+WEIGHT = "weight"
+
+Reader = Callable[[str, str, int, int], Tensor]
+"""`(logical name, kind, start, stop)` -> flat values of that range of the local parameter."""
+
+
+class Shard(NamedTuple):
+    """Elements `[start, stop)` of a local parameter at `offset` of `home`, the tensor that the optimizer steps."""
+
+    name: str
+    start: int
+    stop: int
+    home: Tensor
+    offset: int
+
+    def of(self, like_home: Tensor) -> Tensor:
+        """The shard's elements, flat, of a tensor that is laid out like `home`."""
+        return like_home.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+class Stage(ABC):
+    """What `Engine` asks of a ZeRO stage.
+
+    engine: the DeepSpeed engine. reduce_dtype: of gradient sums over ranks, where the table names none. trained,
+    frozen: the shards of this rank; over all ranks each element of each parameter is in one shard.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        self.engine, self.zero, self.mesh = engine, engine.optimizer, mesh
+        self.names: dict[nn.Parameter, str] = {p: name for name, p in engine.module.named_parameters()}
+        self.reduce_dtypes = {p: table[name].comm_dtype or reduce_dtype for p, name in self.names.items()}
+        self.trained = list(self.trained_shards())
+        self.frozen = list(self.frozen_shards())
+
+    @abstractmethod
+    def homes(self) -> list[Tensor]:
+        """The tensors that the optimizer steps."""
+
+    @abstractmethod
+    def trained_shards(self) -> Iterator[Shard]: ...
+
+    @abstractmethod
+    def gradients(self) -> Iterator[GradientFragment]: ...
+
+    @abstractmethod
+    def scale(self, factor: float) -> None: ...
+
+    @abstractmethod
+    def forget_gradients(self) -> None: ...
+
+    def frozen_shards(self) -> Iterator[Shard]:
+        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if not p.requires_grad)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch; after the last, gradients are summed over ranks and micro-batches."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def restored(self) -> list[Shard]:
+        """The ranges whose optimizer states this rank holds."""
+        return self.trained
+
+    def load_weights(self, read: Reader) -> None:
+        """Restores the weights, whole on every rank where every rank holds them whole."""
+        for parameter, name in self.names.items():
+            parameter.view(-1).copy_(read(name, WEIGHT, 0, parameter.numel()))
+
+
+def even_shard(parameter: nn.Parameter, name: str, mesh: Mesh) -> Shard:
+    """This rank's even part of a parameter that every rank holds whole."""
+    start, stop = (parameter.numel() * rank // mesh.size for rank in (mesh.rank, mesh.rank + 1))
+    return Shard(name, start, stop, parameter, start)
+
+
+class Stage0(Stage):
+    """Everything on every rank. Gradients are summed here, after the last micro-batch."""
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        engine.enable_backward_allreduce = False
+
+    def homes(self) -> list[Tensor]:
+        return [p for p in self.names if p.requires_grad]
+
+    def trained_shards(self) -> Iterator[Shard]:
+        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if p.requires_grad)
+
+    def restored(self) -> list[Shard]:
+        return [Shard(self.names[p], 0, p.numel(), p, 0) for p in self.names if p.requires_grad]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        super().backward(loss, last)
+        if last:
+            self._reduce([p for p in self.names if p.requires_grad])
+
+    def _reduce(self, trained: list[nn.Parameter]) -> None:
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.mesh.size > 1:
+            for bucket in self._buckets(trained):
+                dtype = self.reduce_dtypes[bucket[0]]
+                flat = torch.cat([p.grad.view(-1).to(dtype) for p in bucket])
+                dist.all_reduce(flat)
+                for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    parameter.grad.view(-1).copy_(part)
+
+    def _buckets(self, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Neighbours with one dtype, about a bucket's worth of elements at a time."""
+        limit = self.engine.zero_reduce_bucket_size()
+        for _, same in groupby(parameters, self.reduce_dtypes.__getitem__):
+            bucket: list[nn.Parameter] = []
+            for parameter in same:
+                if bucket and sum(p.numel() for p in bucket) + parameter.numel() > limit:
+                    yield bucket
+                    bucket = []
+                bucket.append(parameter)
+            yield bucket
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for shard in self.trained:
+            assert shard.home.grad is not None, "gradients exist between the last backward and the step"
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(shard.home.grad))
+
+    def scale(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.names if p.requires_grad], factor)
+
+    def forget_gradients(self) -> None:
+        for parameter in self.names:
+            parameter.grad = None
+
+
+class Stage12(Stage):
+    """Optimizer states and a master copy of the weights sharded; at stage 2 gradients too.
+
+    DeepSpeed flattens each optimizer group, pads it and cuts it into one equal partition a rank.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        reduce_each_in_its_dtype(self.zero, self.reduce_dtypes)
+
+    def homes(self) -> list[Tensor]:
+        return self.zero.single_partition_of_fp32_groups
+
+    def trained_shards(self) -> Iterator[Shard]:
+        for group in range(len(self.homes())):
+            size = self.zero.partition_size[group]
+            first, last = self.mesh.rank * size, (self.mesh.rank + 1) * size
+            members = zip(
+                self.zero.round_robin_bit16_groups[group], self.zero.round_robin_bit16_offsets[group], strict=True
+            )
+            for parameter, offset in members:
+                start, stop = max(offset, first), min(offset + parameter.numel(), last)
+                if start < stop:
+                    home = self.homes()[group]
+                    yield Shard(self.names[parameter], start - offset, stop - offset, home, start - first)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.zero.clear_backward_seen_flag()
+        super().backward(loss, last)
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for group, home in enumerate(self.homes()):
+            at_offset = {shard.offset: shard for shard in self.trained if shard.home is home}
+            offset = 0
+            for value in self.zero.averaged_gradients[group]:
+                if shard := at_offset.get(offset):
+                    assert value.numel() == shard.stop - shard.start
+                    yield GradientFragment(shard.name, shard.start, shard.stop, value.reshape(-1))
+                offset += value.numel()
+
+    def scale(self, factor: float) -> None:
+        for values in self.zero.averaged_gradients.values():
+            torch._foreach_mul_(list(values), factor)
+
+    def forget_gradients(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
+        self.zero.micro_step_id = -1
+        for group in range(len(self.homes())):
+            self.zero.averaged_gradients[group] = None
+            self.zero.all_grad_tensors[group] = None
+
+    def load_weights(self, read: Reader) -> None:
+        super().load_weights(read)
+        whole = {name: parameter for parameter, name in self.names.items()}
+        for shard in self.trained:
+            shard.of(shard.home).copy_(whole[shard.name].view(-1)[shard.start : shard.stop])
+
+
+class Stage3(Stage):
+    """Everything sharded: each parameter is padded and cut into one equal partition a rank.
+
+    DeepSpeed divides gradients by the number of ranks, which is undone after the last micro-batch: exact for a power
+    of two, else within one rounding. It keeps the last gradient of a parameter that a step does not use, so they are
+    zeroed after every step.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        reduce_each_in_its_dtype(self.zero, self.reduce_dtypes)
+        for dtype, bucket in self.zero.ipg_buckets.items():
+            if bucket.buffer is None:
+                bucket.buffer = torch.empty(self.zero.reduce_bucket_size, dtype=dtype, device=mesh.device)
+
+    def homes(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat
+
+    def trained_shards(self) -> Iterator[Shard]:
+        for home, members in zip(self.homes(), self.zero.fp16_groups, strict=True):
+            offset = 0
+            for parameter in members:
+                yield from self._shard(parameter, home, offset)
+                offset += parameter.partition_numel()
+
+    def frozen_shards(self) -> Iterator[Shard]:
+        for parameter in self.names:
+            if not parameter.requires_grad:
+                yield from self._shard(parameter, parameter.ds_tensor, 0)
+
+    def _shard(self, parameter: Any, home: Tensor, offset: int) -> Iterator[Shard]:
+        size, numel = parameter.partition_numel(), parameter.ds_numel
+        start, stop = (min(rank * size, numel) for rank in (self.mesh.rank, self.mesh.rank + 1))
+        if start < stop:
+            yield Shard(self.names[parameter], start, stop, home, offset)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.zero.clear_backward_seen_flag()
+        super().backward(loss, last)
+        if last and self.mesh.size > 1:
+            self.zero.grad_partitions_flat_buffer.mul_(self.mesh.size)
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        gradients = {
+            self.names[parameter]: value
+            for group, members in enumerate(self.zero.fp16_groups)
+            for parameter, value in zip(members, self.zero.averaged_gradients[group], strict=True)
+        }
+        for shard in self.trained:
+            value = gradients[shard.name][: shard.stop - shard.start]
+            yield GradientFragment(shard.name, shard.start, shard.stop, value)
+
+    def scale(self, factor: float) -> None:
+        self.zero.grad_partitions_flat_buffer.mul_(factor)
+
+    def forget_gradients(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
+        self.zero.averaged_gradients = {}
+        for bucket in self.zero.ipg_buckets.values():
+            bucket.clear_params()
+        self.zero.grad_partitions_flat_buffer.zero_()
+
+    def load_weights(self, read: Reader) -> None:
+        self.zero._partition_all_parameters()
+        for shard in self.trained + self.frozen:
+            shard.of(shard.home).copy_(read(shard.name, WEIGHT, shard.start, shard.stop))
+
+
+def reduce_each_in_its_dtype(zero: Any, dtypes: dict[nn.Parameter, torch.dtype]) -> None:
+    """Makes DeepSpeed's bucketed reduction take its dtype from `dtypes`, parameter by parameter."""
+    for dtype in set(dtypes.values()) - set(zero.ipg_buckets):
+        zero.ipg_buckets[dtype] = type(next(iter(zero.ipg_buckets.values())))()
+    zero.get_param_comm_dtype = dtypes.__getitem__
