@@ -5,6 +5,9 @@
 Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,10 +56,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
-        for rows in _chunks(len(t), vocab_size):
-            logits = (h[rows] @ w.t()).to(wide)
-            torch.logsumexp(logits, -1, out=lse[rows])
-            nll[rows] = lse[rows] - logits.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1)
+        for rows, raw, logits in _chunks(len(t), w, wide):
+            logits.copy_(torch.mm(h[rows], w.t(), out=raw))
+            aimed = logits.gather(1, t[rows].clamp(min=0)[:, None])
+            top = logits.amax(-1, keepdim=True)
+            total = _exp_(logits.sub_(top)).sum(-1, keepdim=True)
+            lse[rows] = total.log_().add_(top).squeeze(1)
+            nll[rows] = lse[rows] - aimed.squeeze(1)
         if z_loss:
             nll.addcmul_(lse, lse, value=z_loss)
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -73,16 +79,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
-        for rows in _chunks(len(t), vocab_size):
-            d = (h[rows] @ w.t()).to(wide)
-            d.sub_(lse[rows, None]).clamp_(max=0).exp_().mul_(share[rows, None])
+        part = torch.empty_like(w)
+        for rows, raw, d in _chunks(len(t), w, wide):
+            d.copy_(torch.mm(h[rows], w.t(), out=raw))
+            _exp_(d.sub_(lse[rows, None])).mul_(share[rows, None])
             d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
-            d = d.to(dtype)
-            dh.view(-1, dh.shape[-1])[rows] = d @ w
-            dw[:vocab_size] += d.t() @ h[rows]
+            raw.copy_(d)
+            dh.view(-1, dh.shape[-1])[rows] = raw @ w
+            dw[:vocab_size] += torch.mm(raw.t(), h[rows], out=part)
         return dh, dw.to(weight.dtype), None, None, None, None
 
 
-def _chunks(n: int, vocab_size: int) -> list[slice]:
-    size = max(16, CHUNK // vocab_size)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def _chunks(n: int, w: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of tokens with room for their logits, in the matmul's dtype and in the softmax's: the same memory each
+    time, because the first touch of fresh memory takes longer than the work on it."""
+    V = len(w)
+    size = min(n, max(16, CHUNK // V))
+    raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
+    logits = torch.empty(size, V, dtype=wide, device=w.device)
+    for start in range(0, n, size):
+        m = min(size, n - start)
+        yield slice(start, start + m), raw[:m], logits[:m]
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp of nothing positive, and of nothing that would give subnormal numbers: they are slow on a CPU."""
+    return x.clamp_(math.log(torch.finfo(x.dtype).tiny) / 2, 0).exp_()

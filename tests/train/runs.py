@@ -1,0 +1,83 @@
+"""Real training runs as subprocesses, for tests: a tiny corpus, a tiny braid, `braid train` as a user starts it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, no GPU, nothing inherited from an outer launcher."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE"))}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
+    """Small text files of unequal length made of a few words, so that a tiny model can learn from them."""
+    words = ["braid", "state", "space", "model", "token", "layer", "window", "scan", "gate", "norm", "head", "loss"]
+    generator = random.Random(seed)
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        lines = [
+            " ".join(generator.choice(words) for _ in range(generator.randint(2, 9)))
+            for _ in range(generator.randint(1, 40))
+        ]
+        (folder / f"{number:03d}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def braid(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`braid ARGUMENTS` to its end."""
+    command = [sys.executable, "-m", "launch", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, f"{' '.join(arguments)} exited {done.returncode}:\n{done.stderr[-4000:]}"
+    return done
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    """`braid ARGUMENTS` in a process group of its own, so that all its ranks can be killed at once."""
+    with (cwd / "started.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch", *arguments],
+            cwd=cwd,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, timeout_s: float = 300) -> None:
+    """Returns when the run has recorded `step`; fails when it ends or the time is over first."""
+    for _ in range(int(timeout_s / 0.02)):
+        if len(curve(run)) >= step:
+            return
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    log = (run.parents[1] / "started.log").read_text()
+    raise AssertionError(f"the run never recorded step {step} (exit {process.poll()}):\n{log[-4000:]}")
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to every process of the run, without warning."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def curve(run: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
