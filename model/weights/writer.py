@@ -1,0 +1,145 @@
+"""Writing: one rank streams the fragments that it owns into safetensors files, durable and read back.
+
+Room for the header is reserved, the tensors follow as they come, and the header is filled in at the end: memory is
+bounded by one chunk whatever the fragments' size, and `items` may be a generator that gathers one tensor at a time.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from model.weights.container import DTYPE_NAMES, HEADER_BYTES, LENGTH_BYTES, Header
+from model.weights.files import CHUNK_BYTES, CheckpointError, RegularFile, byte_view, create_file, sync_folder
+from model.weights.files import write_fully as _write_fully
+from model.weights.fragments import Fragment
+from model.weights.manifest import FileRecord
+
+OVERHEAD_BYTES = LENGTH_BYTES + HEADER_BYTES
+"""What a file takes beside its tensors."""
+MAX_FILE_BYTES = 4 << 30
+
+
+def write_rank_files(
+    folder: Path, rank: int, items: Iterable[tuple[Fragment, Tensor]], max_file_bytes: int = MAX_FILE_BYTES
+) -> list[FileRecord]:
+    """Writes `items` to `rank-RRRRR-NNN.safetensors` in `folder`; a new file begins when one would grow too large.
+
+    items: each tensor holds the `fragment.numel` elements of its fragment, on any device. Files are flushed to the
+    disk, read back and compared before this returns; a rank without items writes none. Raises CheckpointError, naming
+    the file, when the disk is full or holds other bytes than were written.
+    """
+    records: list[FileRecord] = []
+    writer: _FileWriter | None = None
+    try:
+        for fragment, flat in _parts(items, max_file_bytes):
+            if writer is not None and not writer.has_room(fragment, flat):
+                records.append(writer.finish())
+                writer = None
+            if writer is None:
+                path = folder / f"rank-{rank:05d}-{len(records):03d}.safetensors"
+                writer = _FileWriter(path, max_file_bytes)
+            writer.add(fragment, flat)
+        if writer is not None:
+            records.append(writer.finish())
+        sync_folder(folder)
+    finally:
+        if writer is not None:
+            writer.close()
+    return records
+
+
+def _parts(items: Iterable[tuple[Fragment, Tensor]], max_file_bytes: int) -> Iterator[tuple[Fragment, Tensor]]:
+    """The items as flat tensors, those too large for one file cut into parts that fit."""
+    for fragment, tensor in items:
+        assert tensor.numel() == fragment.numel, f"{fragment.key}: {tensor.numel()} elements for {fragment.numel}"
+        flat = tensor.detach().reshape(-1)
+        limit = max(1, (max_file_bytes - OVERHEAD_BYTES) // flat.element_size())
+        if fragment.numel <= limit:
+            yield fragment, flat
+            continue
+        for start in range(0, fragment.numel, limit):
+            stop = min(start + limit, fragment.numel)
+            yield fragment.part(start, stop), flat[start:stop]
+
+
+class _FileWriter:
+    """One safetensors file. The CRC-32 of the data is taken on the way out and again on the way back."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path, self._max_bytes = path, max_bytes
+        self._header, self._items = Header(), []
+        self._crc = 0
+        self._fd = -1
+        with _named(path):
+            self._fd = create_file(path)
+            os.lseek(self._fd, OVERHEAD_BYTES, os.SEEK_SET)
+
+    def has_room(self, fragment: Fragment, flat: Tensor) -> bool:
+        size = flat.numel() * flat.element_size()
+        fits = self._header.fits(fragment.key, DTYPE_NAMES[flat.dtype], flat.numel(), size)
+        return fits and OVERHEAD_BYTES + self._header.data_bytes + size <= self._max_bytes
+
+    def add(self, fragment: Fragment, flat: Tensor) -> None:
+        step = CHUNK_BYTES // flat.element_size()
+        with _named(self._path):
+            for start in range(0, flat.numel(), step):
+                chunk = flat[start : start + step].cpu().contiguous()
+                data = byte_view(chunk)
+                self._crc = zlib.crc32(data, self._crc)
+                _write_fully(self._fd, data)
+        dtype = DTYPE_NAMES[flat.dtype]
+        self._header.append(fragment.key, dtype, flat.numel(), flat.numel() * flat.element_size())
+        self._items.append((fragment, dtype))
+
+    def finish(self) -> FileRecord:
+        header = self._header.encode()
+        with _named(self._path):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            _write_fully(self._fd, memoryview(header))
+            os.fsync(self._fd)
+        self.close()
+        size = len(header) + self._header.data_bytes
+        sha256 = self._read_back(header, size)
+        return FileRecord(self._path.name, size, sha256, tuple(self._items))
+
+    def _read_back(self, header: bytes, size: int) -> str:
+        """SHA-256 of the file, once it is known to hold what was meant."""
+        with RegularFile(self._path) as file:
+            if file.size != size:
+                raise CheckpointError(f"{self._path}: has {file.size} bytes after writing {size}")
+            file.forget_cache()
+            if file.read(0, len(header)) != header:
+                raise CheckpointError(f"{self._path}: reads back another header than was written")
+            digest, crc = hashlib.sha256(header), 0
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, size)))
+            for offset in range(len(header), size, CHUNK_BYTES):
+                part = buffer[: min(CHUNK_BYTES, size - offset)]
+                file.read_into(part, offset)
+                digest.update(part)
+                crc = zlib.crc32(part, crc)
+        if crc != self._crc:
+            raise CheckpointError(f"{self._path}: reads back CRC-32 {crc:08x}, wrote {self._crc:08x}")
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _named:
+    """Turns an OSError inside into a CheckpointError that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self._path}: cannot be written: {error.strerror}") from error
