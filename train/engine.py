@@ -22,7 +22,7 @@ from model.params import Table
 from train.health import GradientFragment
 from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
 from train.parallel import Mesh
-from train.zero import WEIGHT, Reader, Shard, Stage, Stage0, Stage3, Stage12
+from train.zero import WEIGHT, Fill, Shard, Stage, Stage0, Stage3, Stage12
 
 STAGES: dict[int, type[Stage]] = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
 REDUCE_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -150,6 +150,11 @@ class Engine:
         self.stage.forget_gradients()
 
     @property
+    def state_kinds(self) -> list[str]:
+        """Kinds of the optimizer states that a trained parameter has, one value an element."""
+        return [OPTIMIZER + key for key in elementwise_state(self.optimizer, self.stage.homes()[0])]
+
+    @property
     def steps(self) -> int:
         """Number of optimizer steps taken."""
         return int(next(iter(self.optimizer.state.values()))["step"].item())
@@ -166,15 +171,15 @@ class Engine:
         return elementwise_state(self.optimizer, shard.home).items() if trained else ()
 
     @torch.no_grad()
-    def load(self, read: Reader, steps: int) -> None:
-        """Restores every weight and optimizer state from `read`, and the number of optimizer steps taken.
+    def load(self, fill: Fill, steps: int) -> None:
+        """Restores every weight and optimizer state by `fill`, and the number of optimizer steps taken.
 
         Values may have been saved at any stage by any number of ranks.
         """
-        self.stage.load_weights(read)
+        self.stage.load_weights(fill)
         for shard in self.stage.restored():
             for key, state in self._states(shard):
-                shard.of(state).copy_(read(shard.name, OPTIMIZER + key, shard.start, shard.stop))
+                fill(shard.of(state), shard.name, OPTIMIZER + key, shard.start)
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
         self.stage.forget_gradients()

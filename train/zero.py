@@ -19,8 +19,8 @@ from train.parallel import Mesh
 
 WEIGHT = "weight"
 
-Reader = Callable[[str, str, int, int], Tensor]
-"""`(logical name, kind, start, stop)` -> flat values of that range of the local parameter."""
+Fill = Callable[[Tensor, str, str, int], None]
+"""`(flat tensor, logical name, kind, start)`: fills the tensor with saved values of a local parameter from `start`."""
 
 
 class Shard(NamedTuple):
@@ -79,10 +79,10 @@ class Stage(ABC):
         """The ranges whose optimizer states this rank holds."""
         return self.trained
 
-    def load_weights(self, read: Reader) -> None:
+    def load_weights(self, fill: Fill) -> None:
         """Restores the weights, whole on every rank where every rank holds them whole."""
         for parameter, name in self.names.items():
-            parameter.view(-1).copy_(read(name, WEIGHT, 0, parameter.numel()))
+            fill(parameter.detach().view(-1), name, WEIGHT, 0)
 
 
 def even_shard(parameter: nn.Parameter, name: str, mesh: Mesh) -> Shard:
@@ -200,8 +200,8 @@ class Stage12(Stage):
             self.zero.averaged_gradients[group] = None
             self.zero.all_grad_tensors[group] = None
 
-    def load_weights(self, read: Reader) -> None:
-        super().load_weights(read)
+    def load_weights(self, fill: Fill) -> None:
+        super().load_weights(fill)
         whole = {name: parameter for parameter, name in self.names.items()}
         for shard in self.trained:
             shard.of(shard.home).copy_(whole[shard.name].view(-1)[shard.start : shard.stop])
@@ -269,10 +269,12 @@ class Stage3(Stage):
             bucket.clear_params()
         self.zero.grad_partitions_flat_buffer.zero_()
 
-    def load_weights(self, read: Reader) -> None:
+    def load_weights(self, fill: Fill) -> None:
         self.zero._partition_all_parameters()
         for shard in self.trained + self.frozen:
-            shard.of(shard.home).copy_(read(shard.name, WEIGHT, shard.start, shard.stop))
+            fill(shard.of(shard.home), shard.name, WEIGHT, shard.start)
+        for group in range(len(self.homes())):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)  # what is gathered may be a copy of `home`
 
 
 def reduce_each_in_its_dtype(zero: Any, dtypes: dict[nn.Parameter, torch.dtype]) -> None:

@@ -61,7 +61,11 @@ def load_everywhere(states: dict[str, dict], steps: int) -> dict[str, Any]:
         for saved, state in states.items():
             for stage in STAGES:
                 engine = start_engine(mesh, stage)
-                engine.load(lambda name, kind, start, stop, state=state: state[name][kind][start:stop], steps)
+
+                def fill(flat: Tensor, name: str, kind: str, start: int, state: dict = state) -> None:
+                    flat.copy_(state[name][kind][start : start + flat.numel()])
+
+                engine.load(fill, steps)
                 loaded, counter = snapshot(engine), engine.steps
                 with engine.gathered(["blocks.0.weight", "fixed"]) as weights:
                     whole = {name: weight.clone() for name, weight in weights.items()}

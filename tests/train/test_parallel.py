@@ -1,0 +1,57 @@
+"""The mesh: what ranks tell each other, and the device of each."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from train.parallel import choose_device
+
+
+def talk() -> dict:
+    from train.parallel import open_mesh
+
+    with open_mesh("cpu", timeout_s=60) as mesh:
+        return {
+            "place": (mesh.rank, mesh.size, mesh.main),
+            "sum": mesh.sum(0.1 + mesh.rank),
+            "any": (mesh.any(mesh.rank == mesh.size - 1), mesh.any(False)),
+            "gather": mesh.gather({"rank": mesh.rank, "values": [1] * mesh.rank}),
+            "tensor": mesh.sum_(torch.tensor([1.0, mesh.rank])),
+            "same": mesh.sum_over_tensor(torch.ones(1)),
+        }
+
+
+def fail_on_one_rank() -> None:
+    import os
+
+    assert os.environ["RANK"] == "0", "rank 1 is broken"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_agree(size):
+    """Ranks that disagree about stopping or about counts hang or diverge."""
+    for rank, heard in enumerate(run_ranks(talk, size)):
+        assert heard["place"] == (rank, size, rank == 0)
+        assert heard["sum"] == pytest.approx(sum(0.1 + r for r in range(size)), rel=1e-15)
+        assert heard["any"] == (True, False)
+        assert heard["gather"] == [{"rank": r, "values": [1] * r} for r in range(size)]
+        assert heard["tensor"].tolist() == [size, size * (size - 1) / 2]
+        assert heard["same"].item() == 1.0
+
+
+def test_a_failing_rank_fails_the_test():
+    """A helper that swallowed a rank's error would make every multi-process test pass."""
+    with pytest.raises(AssertionError, match="rank 1 is broken"):
+        run_ranks(fail_on_one_rank, 2)
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="device: got 'tpu', wants one of auto, cpu, cuda"):
+        choose_device("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_cuda_is_refused():
+    with pytest.raises(ValueError, match="device: got 'cuda', but torch finds no CUDA device"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
