@@ -133,7 +133,7 @@ def ssd_quadratic(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i): quadratic in T, for tests."""
-    b, T, H, P = x.shape
+    b, T, H = dt.shape
     wide, repeats = _wide(x), H // B.shape[2]
     xw, dt = x.to(wide), dt.to(wide)
     Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)

@@ -2,8 +2,8 @@
 
 Per chunk of Q tokens, with cs the running sum of the log-decays dt A (restarted at each chunk and each document):
 
-    within the chunk    Y_i  = sum_j M_ij (dt x)_j          M_ij = exp(cs_i - cs_j) (C_i . B_j)   for j <= i, one document
-    from before it      Y_i += exp(cs_i) C_i S_in           if token i continues the document that S_in belongs to
+    within the chunk    Y_i  = sum_j M_ij (dt x)_j    M_ij = exp(cs_i - cs_j) (C_i . B_j)  for j <= i in one document
+    from before it      Y_i += exp(cs_i) C_i S_in     if token i continues the document that S_in belongs to
     state it leaves     S_out = exp(cs_end) S_in + sum_j exp(cs_end - cs_j) B_j (dt x)_j
 
 C B^T, C S_in and the states are one matmul per group, not per head. The loop over chunks keeps every intermediate small
@@ -103,7 +103,9 @@ class _Decay:
         end_of = torch.clamp((chunk_of + 1) * chunk - 1, max=T - 1)
         index = torch.zeros_like(steps[None]).expand(b, T) if documents is None else documents.long()
         key = chunk_of * (T + 1) + index
-        cs = segment_sum(log_decay, key, chunk)
+        # What decays to nothing in one token may as well decay a little less: sums stay small, and so does their
+        # rounding, which the difference of two of them keeps.
+        cs = segment_sum(log_decay.clamp(min=_least(log_decay.dtype)), key, chunk)
         # A chunk continues the document of the last token before it; the first chunk continues index 0.
         before = torch.cat([torch.zeros_like(index[:, :1]), index[:, end_of[:-chunk:chunk]]], 1)  # (b, chunks)
         continues = (index == before[:, chunk_of])[..., None]
@@ -137,10 +139,14 @@ class _Decay:
         return future if self.single else future | (index[:, :, None] != index[:, None])[:, None]
 
 
+def _least(dtype: torch.dtype) -> float:
+    return math.log(torch.finfo(dtype).tiny) / 2
+
+
 def _exp_(log_decay: Tensor) -> Tensor:
     """exp in place, of nothing positive, and of nothing so small that products with it would be subnormal: those (and
     exp of -inf) are several times slower on a CPU. The bound, 1e-19 in float32, is far below rounding."""
-    return log_decay.clamp_(math.log(torch.finfo(log_decay.dtype).tiny) / 2, 0).exp_()
+    return log_decay.clamp_(_least(log_decay.dtype), 0).exp_()
 
 
 def _spans(T: int, chunk: int) -> list[slice]:
@@ -201,7 +207,8 @@ class _ChunkedSSD(torch.autograd.Function):
         b, T, H, P = x.shape
         G, N = B.shape[2:]
         R, chunk, wide = H // G, ctx.chunk, dt.dtype
-        decay = _Decay.of(dt * A, G, documents, chunk)
+        log_decay = dt * A
+        decay = _Decay.of(log_decay, G, documents, chunk)
         xg, dtg, dyg = x.unflatten(2, (G, R)), dt.unflatten(2, (G, R)), dy.unflatten(2, (G, R))
         dx, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, B, C))
         d_dt, dcs = torch.empty_like(dtg), torch.empty_like(dtg)  # (b, T, G, R)
@@ -254,6 +261,7 @@ class _ChunkedSSD(torch.autograd.Function):
             dx.view(b, T, G, R, P)[:, span].copy_(d_dtx)
 
         d_log_decay = segment_sum(dcs.view(b, T, H), decay.key, chunk, reverse=True)
+        d_log_decay.masked_fill_(log_decay < _least(dt.dtype), 0)  # where it was bounded; else rounding times dt
         d_dt = d_dt.view(b, T, H).addcmul_(d_log_decay, A)
         dA = (d_log_decay * dt).sum((0, 1))
         d_initial = dstate.permute(0, 1, 3, 4, 2).reshape(b, H, P, N)

@@ -1,0 +1,142 @@
+"""Attention: windows, grouped heads, documents and cached keys against the explicit masked softmax; RoPE."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops import attention as module
+from model.ops.attention import Past, attention, rotary
+from tests.model.ops.support import assert_same, largest, leaf, outputs_and_gradients, packed
+
+B, H, K, P = 2, 4, 2, 6
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of queries even in a short row."""
+    monkeypatch.setattr(module, "BLOCK", 16)
+
+
+@pytest.mark.parametrize("T", [1, 5, 16, 75])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+def test_equals_reference(T, window):
+    """Values and gradients, with and without documents and cached keys of unequal valid length."""
+    q, k, v = leaf(B, T, H, P), leaf(B, T, K, P, seed=1), leaf(B, T, K, P, seed=2)
+    past = Past(leaf(B, 9, K, P, seed=3), leaf(B, 9, K, P, seed=4), torch.tensor([9, 2]))
+    documents = packed([T // 2, 1, T - T // 2 - 1], [T - 1, 1]) if T > 4 else None
+    for d in (None, documents):
+        for cached in (None, past, Past(past.k, past.v, torch.tensor([0, 4]))):
+            leaves = [q, k, v] + ([] if cached is None else [past.k, past.v])
+
+            def run(backend, d=d, cached=cached):
+                return [attention(q, k, v, window=window, documents=d, past=cached, backend=backend)]
+
+            want = outputs_and_gradients(lambda run=run: run("reference"), leaves)
+            assert_same(outputs_and_gradients(lambda run=run: run("torch"), leaves), want, 1e-10)
+
+
+def test_reference_equals_torch():
+    """The reference itself is torch's attention with an explicit window mask, and the scale is ours to set."""
+    q, k, v = leaf(B, 20, H, P), leaf(B, 20, H, P, seed=1), leaf(B, 20, H, P, seed=2)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    mask = (distance >= 0) & (distance < 7)
+    want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=0.3)
+    got = attention(q, k, v, window=7, scale=0.3, backend="reference")
+    assert_same([got], [want.transpose(1, 2)], 1e-12)
+
+
+def test_past_continues_a_row():
+    """A row in two pieces, the second with the first's keys as its past, equals the row: prefill in pieces."""
+    q, k, v = leaf(B, 30, H, P), leaf(B, 30, K, P, seed=1), leaf(B, 30, K, P, seed=2)
+    for window in (None, 5, 13):
+        whole = attention(q, k, v, window=window)
+        past = Past(k[:, :18], v[:, :18], torch.full((B,), 18))
+        rest = attention(q[:, 18:], k[:, 18:], v[:, 18:], window=window, past=past)
+        assert_same([rest], [whole[:, 18:]], 1e-12)
+
+
+def test_gradcheck():
+    """Analytic gradients equal numerical ones, independently of the reference's autograd."""
+    args = (leaf(1, 5, 2, 2), leaf(1, 5, 1, 2), leaf(1, 5, 1, 2, seed=1))
+    documents = packed([2, 3])
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, window=2, documents=documents), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 11])
+def test_documents_are_isolated_to_the_bit(dtype, window):
+    """A change in one document does not move the others by one bit, forward or backward."""
+    documents = packed([20, 9, 31], [20, 9, 31])
+    for which in range(3):
+        changed = (documents == which)[..., None, None]
+
+        def run(factor: float, changed=changed) -> list[Tensor]:
+            qkv = [leaf(B, 60, n, P, dtype=dtype, seed=n).detach() for n in (H, K, K)]
+            q, k, v = (torch.where(changed, factor * x, x).requires_grad_() for x in qkv)
+            y = attention(q, k, v, window=window, documents=documents)
+            upstream = torch.where(changed, factor, 1.0).to(dtype).expand_as(y)
+            return [y, *torch.autograd.grad(y, [q, k, v], upstream)]
+
+        for a, b in zip(run(1.0), run(3.7), strict=True):
+            assert not torch.equal(a, b)
+            assert torch.equal(a[documents != which], b[documents != which])
+
+
+def test_inputs_are_left_alone():
+    """In-place work never reaches the inputs or the upstream gradient, also where a block is a view of them."""
+    for T in (1, 20):
+        q, k, v = leaves = [leaf(1, T, 1, P, dtype=torch.float32, seed=i) for i in range(3)]
+        before = [x.detach().clone() for x in leaves]
+        upstream = torch.ones(1, T, 1, P)
+        y = attention(q, k, v, window=3, documents=packed([T]))
+        torch.autograd.grad(y, leaves, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
+        assert bool((upstream == 1).all())
+
+
+def test_bfloat16_is_close_to_float32():
+    """Scores and softmax are float32: outputs and gradients within bfloat16's rounding of inputs and weights."""
+    leaves = [leaf(B, 60, n, P, dtype=torch.bfloat16, seed=n) for n in (H, K, K)]
+    single = [v.detach().float().requires_grad_() for v in leaves]
+    got = outputs_and_gradients(lambda: [attention(*leaves, window=20)], leaves)
+    want = outputs_and_gradients(lambda: [attention(*single, window=20)], single)
+    assert_same([v.float() for v in got], want, 2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_memory_does_not_grow_with_tokens_squared(window):
+    """No intermediate is T x T: a window costs T x window, documents T x block."""
+    T = 512
+    q, k, v = (leaf(1, T, 1, 4, dtype=torch.float32, seed=i) for i in range(3))
+    size = largest(lambda: attention(q, k, v, window=window, documents=packed([T // 2, T // 2])), [q, k, v])
+    assert size <= T * 16
+
+
+def test_rotary_turns_by_relative_position():
+    """Scores depend on distances only, dimensions beyond `dims` stay, and the gradient is the inverse rotation."""
+    q, k = leaf(1, 1, 1, 8), leaf(1, 1, 1, 8, seed=1)
+    at = [
+        [(rotary(x, torch.tensor([[p]]), 100.0, dims=6)) for p in positions]
+        for x, positions in ((q, (3, 40)), (k, (1, 38)))
+    ]
+    scores = [(a * b).sum() for a, b in zip(*at, strict=True)]
+    assert torch.allclose(scores[0], scores[1], atol=1e-12)
+    assert not torch.allclose(scores[0], (q * k).sum())
+    assert torch.equal(at[0][0][..., 6:], q[..., 6:])
+    assert torch.autograd.gradcheck(lambda x: rotary(x, torch.tensor([[5]]), 100.0, dims=6), (q,))
+
+
+def test_rotary_matches_complex_rotation():
+    """The angle of pair i at position p is p * theta^(-2i/dims)."""
+    x, positions = leaf(2, 3, 2, 8), torch.tensor([[0, 1, 2], [7, 0, 1]])
+    angle = positions[..., None] * 1e4 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    assert_same([rotary(x, positions, 1e4)], [torch.cat([turned.real, turned.imag], -1)], 1e-12)
+
+
+def test_rotary_far_positions_in_bfloat16():
+    """Angles are float32 whatever the input's dtype: neighbours at position 10,000 still differ in bfloat16."""
+    x = torch.ones(1, 2, 1, 4, dtype=torch.bfloat16)
+    y = rotary(x, torch.tensor([[10000, 10001]]), 10.0)
+    assert not torch.equal(y[:, 0], y[:, 1])
