@@ -18,7 +18,8 @@ class CheckpointError(ValueError):
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, without a copy; valid while the tensor lives."""
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(b"")
@@ -55,7 +56,9 @@ class RegularFile:
             try:
                 count = os.preadv(self._fd, [buffer[done : done + CHUNK_BYTES]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}") from error
+                raise CheckpointError(
+                    f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}"
+                ) from error
             if count == 0:
                 wanted = offset + len(buffer)
                 raise CheckpointError(f"{self.path}: ends at byte {offset + done}, wants at least {wanted}")

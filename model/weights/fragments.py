@@ -100,7 +100,7 @@ def boxes_of_range(box: Box, start: int, stop: int) -> Iterator[Box]:
     if not box:
         yield ()
         return
-    (low, high), inner = box[0], box_numel(box[1:])
+    low, inner = box[0][0], box_numel(box[1:])
     if start % inner == 0 and stop % inner == 0:
         yield ((low + start // inner, low + stop // inner), *box[1:])
         return

@@ -126,8 +126,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json`, durable when this returns. Raises CheckpointError when `extra` is not plain JSON."""
-        body = self._body()
         try:
+            body = self._body()
             text = json.dumps(body | {"sha256": _digest(body)}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: extra holds what JSON cannot: {error}") from error
@@ -152,7 +152,7 @@ class Manifest:
             ],
             "files": {name: vars(info) for name, info in self.files.items()},
             "totals": self.totals,
-            "extra": self.extra,
+            "extra": json.loads(json.dumps(self.extra, allow_nan=False)),
         }
 
     @staticmethod

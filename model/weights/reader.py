@@ -15,7 +15,7 @@ from model.weights.fragments import boxes_of_range, flat_index, intersect, piece
 from model.weights.manifest import Entry, Manifest, StoredTensor
 
 OPEN_FILES = 32
-SMALL_BYTES = 64 << 10
+SMALL_BYTES = 16 << 10
 """A gap that is cheaper to read over than to skip."""
 
 
@@ -75,7 +75,9 @@ class Checkpoint:
         tensor = self._tensor(name, kind)
         whole = tuple((0, n) for n in tensor.shape)
         box = whole if box is None else box
-        if len(box) != len(whole) or any(not 0 <= low <= high <= n for (low, high), (_, n) in zip(box, whole)):
+        if len(box) != len(whole) or any(
+            not 0 <= low <= high <= n for (low, high), (_, n) in zip(box, whole, strict=True)
+        ):
             raise CheckpointError(f"{self.folder}: {kind} {name!r} has shape {tensor.shape}, asked for box {box}")
         stop = box_numel(box) if stop is None else stop
         assert 0 <= start <= stop <= box_numel(box), f"range [{start}, {stop}) outside {box}"
@@ -86,8 +88,8 @@ class Checkpoint:
     def read_into(
         self, local: Tensor, name: str, kind: str, layout: LocalLayout, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `local`, the flat range `[start, stop)` of a rank's local tensor (all of it by default), with every
-        piece that the layout holds there, owned or copied; padding becomes zero.
+        """Fills `local`, the flat range `[start, stop)` of a rank's local tensor (by default as many elements as
+        `local` has), with every piece that the layout holds there, owned or copied; padding becomes zero.
 
         local: contiguous, on any device. Floating-point values are converted to its dtype; other dtypes must match.
         """
@@ -98,6 +100,8 @@ class Checkpoint:
         if any(len(p.box) != len(tensor.shape) or not _inside(p.box, tensor.shape) for p in layout.pieces):
             raise CheckpointError(f"{self.folder}: {kind} {name!r} has shape {tensor.shape}, the layout reaches beyond")
         flat = local.detach().view(-1)
+        stop = start + flat.numel() if stop is None else stop
+        assert flat.numel() == stop - start, f"{flat.numel()} elements for the range [{start}, {stop})"
         pieces = list(pieces_in(layout, start, stop))
         if sum(high - low for _, low, high in pieces) < flat.numel():
             flat.zero_()

@@ -13,8 +13,15 @@ from pathlib import Path
 from torch import Tensor
 
 from model.weights.container import DTYPE_NAMES, HEADER_BYTES, LENGTH_BYTES, Header
-from model.weights.files import CHUNK_BYTES, CheckpointError, RegularFile, byte_view, create_file, sync_folder
-from model.weights.files import write_fully as _write_fully
+from model.weights.files import (
+    CHUNK_BYTES,
+    CheckpointError,
+    RegularFile,
+    byte_view,
+    create_file,
+    sync_folder,
+    write_fully,
+)
 from model.weights.fragments import Fragment
 from model.weights.manifest import FileRecord
 
@@ -90,7 +97,7 @@ class _FileWriter:
                 chunk = flat[start : start + step].cpu().contiguous()
                 data = byte_view(chunk)
                 self._crc = zlib.crc32(data, self._crc)
-                _write_fully(self._fd, data)
+                write_fully(self._fd, data)
         dtype = DTYPE_NAMES[flat.dtype]
         self._header.append(fragment.key, dtype, flat.numel(), flat.numel() * flat.element_size())
         self._items.append((fragment, dtype))
@@ -99,7 +106,7 @@ class _FileWriter:
         header = self._header.encode()
         with _named(self._path):
             os.lseek(self._fd, 0, os.SEEK_SET)
-            _write_fully(self._fd, memoryview(header))
+            write_fully(self._fd, memoryview(header))
             os.fsync(self._fd)
         self.close()
         size = len(header) + self._header.data_bytes

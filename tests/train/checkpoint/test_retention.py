@@ -1,0 +1,78 @@
+"""Old checkpoints go, the only good one never does."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.train.checkpoint.groups import PROCESSES, die_at, save
+from train.checkpoint.retention import retain, sweep
+from train.checkpoint.transaction import Alone, discover, leftovers, name_of, newest_valid
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for tokens in (1, 2, 3, 4):
+        save(tmp_path / "checkpoints", tokens, Alone())
+    return tmp_path / "checkpoints"
+
+
+def left(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("tokens-")) for path in discover(root)]
+
+
+def test_the_newest_are_kept(root: Path) -> None:
+    """A disk that fills up ends the run; deleting the wrong end ends it worse."""
+    assert retain(root, 2) == [root / name_of(2), root / name_of(1)]
+    assert left(root) == [4, 3]
+    assert retain(root, 2) == []
+    assert retain(root, 9) == []
+    with pytest.raises(ValueError, match=r"checkpoints.keep: 0, wants at least 1"):
+        retain(root, 0)
+
+
+def test_damaged_ones_do_not_count(root: Path) -> None:
+    """Keeping one means one that can be resumed from."""
+    (root / name_of(4) / "manifest.json").write_text("")
+    os.truncate(root / name_of(3) / "rank-00000-000.safetensors", 10)
+    assert retain(root, 1) == [root / name_of(1)]
+    assert left(root) == [4, 3, 2]
+
+
+def test_nothing_is_deleted_when_nothing_is_good(root: Path) -> None:
+    """Even a damaged checkpoint may be the only trace of a month of work."""
+    for path in discover(root):
+        (path / "manifest.json").write_text("")
+    assert retain(root, 1) == []
+    assert left(root) == [4, 3, 2, 1]
+
+
+def test_links_are_never_followed(root: Path, tmp_path: Path) -> None:
+    """A linked data set inside, or a linked checkpoint, must not lose its target's files."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "data").write_text("kept")
+    (root / name_of(1) / "link").symlink_to(precious)
+    (root / name_of(0)).symlink_to(precious)
+    (root / ".deleting-tokens-000000000000").symlink_to(precious)
+    assert retain(root, 1) == [root / name_of(3), root / name_of(2), root / name_of(1)]
+    sweep(root)
+    assert (precious / "data").read_text() == "kept"
+    assert (root / name_of(0)).is_symlink()
+    assert leftovers(root) == []
+
+
+@pytest.mark.parametrize("stage", ["retire", "delete"])
+def test_a_kill_during_deletion(root: Path, stage: str) -> None:
+    """A half-deleted folder must not be found as a checkpoint, and the rerun must finish the job."""
+    child = PROCESSES.Process(target=retain, args=(root, 3, die_at(stage)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert left(root) == [4, 3, 2, 1] if stage == "retire" else [4, 3, 2]
+    assert newest_valid(root) == root / name_of(4)
+    assert sweep(root) == [".deleting-tokens-000000000001: removed (unfinished deletion)"] * (stage == "delete")
+    retain(root, 3)
+    assert left(root) == [4, 3, 2]
+    assert leftovers(root) == []
