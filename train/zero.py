@@ -91,6 +91,11 @@ def even_shard(parameter: nn.Parameter, name: str, mesh: Mesh) -> Shard:
     return Shard(name, start, stop, parameter, start)
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "gradients exist from the last backward to the step"
+    return parameter.grad
+
+
 class Stage0(Stage):
     """Everything on every rank. Gradients are summed here, after the last micro-batch."""
 
@@ -119,10 +124,10 @@ class Stage0(Stage):
         if self.mesh.size > 1:
             for bucket in self._buckets(trained):
                 dtype = self.reduce_dtypes[bucket[0]]
-                flat = torch.cat([p.grad.view(-1).to(dtype) for p in bucket])
+                flat = torch.cat([gradient_of(p).view(-1).to(dtype) for p in bucket])
                 dist.all_reduce(flat)
                 for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                    parameter.grad.view(-1).copy_(part)
+                    gradient_of(parameter).view(-1).copy_(part)
 
     def _buckets(self, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Neighbours with one dtype, about a bucket's worth of elements at a time."""
@@ -138,11 +143,10 @@ class Stage0(Stage):
 
     def gradients(self) -> Iterator[GradientFragment]:
         for shard in self.trained:
-            assert shard.home.grad is not None, "gradients exist between the last backward and the step"
-            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(shard.home.grad))
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
 
     def scale(self, factor: float) -> None:
-        torch._foreach_mul_([p.grad for p in self.names if p.requires_grad], factor)
+        torch._foreach_mul_([gradient_of(p) for p in self.names if p.requires_grad], factor)
 
     def forget_gradients(self) -> None:
         for parameter in self.names:
@@ -233,9 +237,9 @@ class Stage3(Stage):
                 offset += parameter.partition_numel()
 
     def frozen_shards(self) -> Iterator[Shard]:
-        for parameter in self.names:
-            if not parameter.requires_grad:
-                yield from self._shard(parameter, parameter.ds_tensor, 0)
+        frozen: list[Any] = [p for p in self.names if not p.requires_grad]
+        for parameter in frozen:
+            yield from self._shard(parameter, parameter.ds_tensor, 0)
 
     def _shard(self, parameter: Any, home: Tensor, offset: int) -> Iterator[Shard]:
         size, numel = parameter.partition_numel(), parameter.ds_numel

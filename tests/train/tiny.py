@@ -71,7 +71,7 @@ def tiny_table() -> Table:
     vector = {"decay": False, "update": "vector"}
     table = {
         "embedding.weight": ParamSpec((VOCAB, WIDTH), Normal(0.5), pad_rows=4, update="embedding"),
-        "rare": ParamSpec((WIDTH,), Normal(0.5), **vector),
+        "rare": ParamSpec((WIDTH,), Normal(0.5), comm_dtype=torch.float32, **vector),
         "fixed": ParamSpec((5,), Constant(0.5), frozen=True, **vector),
     }
     for index in range(LAYERS):
@@ -204,4 +204,5 @@ def train_steps(engine: Engine, accumulation: int, poison: int | None = None) ->
             "before": before,
             "after": snapshot(engine) if before else None,
             "steps": engine.steps,
+            "entered": len(engine._entered),
         }
