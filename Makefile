@@ -1,0 +1,47 @@
+# make setup | test | test-all | quickstart | clean. Each makes what it needs; nothing is installed twice.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+TORCH := torch==2.13.0
+LOCK := launch/requirements.txt
+READY := .venv/ready
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+.PHONY: setup check test test-all quickstart clean
+
+setup: $(READY)
+
+# A torch that is already here (a CUDA machine's, built for its driver, with the fused kernels built for it) is kept
+# and seen through the virtual environment; anywhere else the pinned one is installed first, alone.
+$(READY): $(LOCK) pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Braid needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 2; }
+	rm -rf .venv
+	if $(PYTHON) launch/find_torch.py; then \
+		$(PYTHON) -m venv --system-site-packages .venv; \
+	else \
+		$(PYTHON) -m venv .venv && $(PIP) install -q $(TORCH); \
+	fi
+	$(PIP) install -q --no-deps --no-build-isolation -r $(LOCK)
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	$(PYTEST)
+
+quickstart: setup
+	$(BIN)/braid prepare quickstart
+	$(BIN)/braid train quickstart
+	$(BIN)/braid generate quickstart
+
+clean:
+	rm -rf .venv *.egg-info build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What a model reads: sources, tokenizers, token shards and batches."""

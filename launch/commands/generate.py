@@ -1,0 +1,47 @@
+"""Continues a prompt with the newest checkpoint of RUN.
+
+RUN is a run folder (runs/quickstart), its name (quickstart) or one checkpoint's folder. What is not given comes from
+the [generation] section of the run's recipe.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder or its name")
+    parser.add_argument("--prompt", help="text to continue")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the continuation, in tokens")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, metavar="X", help="sample from the likeliest tokens of this total share")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder = find_run(arguments.run)
+    from launch.sample import sample
+    from train.config import GenerationConfig, Recipe
+
+    stored = folder / "recipe.json"
+    settings = Recipe.from_json(stored.read_text(), str(stored)).generation if stored.exists() else GenerationConfig()
+    given = {key: value for key, value in vars(arguments).items() if key != "run" and value is not None}
+    settings = replace(settings, **given)
+    if not settings.prompt:
+        raise ValueError("--prompt: missing, and the run's recipe has none; wants text to continue")
+    pieces = sample(folder, settings.prompt, settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
+    print(settings.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def find_run(name: str) -> Path:
+    """The run folder, given its path or its name in runs/. Raises ValueError when there is none."""
+    for folder in (Path(name), Path("runs") / name):
+        if folder.is_dir():
+            return folder
+    runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.json"))
+    there = f"runs/ has {', '.join(runs)}" if runs else "there is none in runs/ yet, braid train makes one"
+    raise ValueError(f"run: got {name!r}, wants a run folder or its name; {there}")

@@ -1,0 +1,111 @@
+"""Starts the ranks of a training run on this machine.
+
+One rank replaces this process. Several run under torchrun's elastic agent, in this process: signals that ask a run to
+stop are passed on to the ranks, the agent's own reports are silent, and the exit code is that of the rank that failed
+first. A rank dies with its launcher, however that ends.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+from train.stop import EXIT_DONE
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ROOT = Path(__file__).parents[1]
+
+# Tensors up to 8 GiB from a heap that is kept and backed by huge pages: glibc would map, zero and unmap each one.
+MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+
+
+def run(recipe: Path, overrides: Sequence[str], nproc: int) -> int:
+    """Trains `recipe` on `nproc` local ranks; returns the exit code. With one rank it does not return."""
+    if nproc < 1:
+        raise ValueError(f"--nproc: got {nproc}, wants a positive number of ranks")
+    command = ["-m", "train", str(recipe), *overrides]
+    environment = rank_environment(os.environ, nproc)
+    if nproc == 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *command], environment)
+    os.environ.update(environment | {"BRAID_LAUNCHER": str(os.getpid())})
+    return run_ranks(command, nproc)
+
+
+def rank_environment(inherited: Mapping[str, str], nproc: int) -> dict[str, str]:
+    """What must be set before a rank starts; what the user has set stays.
+
+    The rank imports Braid from where this file lies, whatever the current directory holds.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
+        "GLIBC_TUNABLES": MALLOC,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",
+    }
+    paths = [str(ROOT), inherited.get("PYTHONPATH", "")]
+    return defaults | dict(inherited) | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def run_ranks(command: Sequence[str], nproc: int) -> int:
+    """Runs `python COMMAND` as `nproc` ranks to their end; returns the exit code."""
+    with _forwarded_signals(), tempfile.TemporaryDirectory(prefix="braid-ranks-") as logs:
+        logging.disable(logging.CRITICAL)
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle="SIGQUIT",
+        )
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            return _report(error.failures.values())
+    return EXIT_DONE
+
+
+def _report(failures: Any) -> int:
+    """Prints the one line of the first rank that explained itself; returns the exit code of the first that failed."""
+    first = min(failures, key=lambda failure: (failure.error_file == "<N/A>", failure.timestamp, failure.local_rank))
+    if isinstance(first.message, dict):
+        print(first.message["message"], file=sys.stderr)
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[None]:
+    """Passes stop signals on to the ranks while active; before there are any, a stop signal ends this process."""
+    import psutil
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""What is trained: layers, ops, the stack, weights. Needs torch, safetensors and the standard library only."""

@@ -1,0 +1,102 @@
+"""Local ranks, with small scripts in the place of training."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.local import MALLOC, ROOT, rank_environment, run
+
+LAUNCH = "import sys; from launch.local import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
+
+WAITS = """
+import os, signal, sys
+from train.__main__ import _die_with_launcher
+
+_die_with_launcher()
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+open(f"rank{os.environ['RANK']}", "w").write(str(os.getpid()))
+print("ready", flush=True)
+signal.pause()
+"""
+
+FAILS = """
+import os, sys
+from train.__main__ import _report
+
+_report("training.tokens: got 0, wants a positive integer")
+sys.exit(2)
+"""
+
+
+def start(script: str, folder: Path) -> subprocess.Popen[str]:
+    """Two ranks of `script` under a launcher of their own."""
+    (folder / "rank.py").write_text(script)
+    code = f"import os; os.environ['BRAID_LAUNCHER'] = str(os.getpid()); {LAUNCH}"
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "rank.py"],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+
+
+def test_a_stop_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Path):
+    process = start(WAITS, tmp_path)
+    wait_until_ready(process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors == ""
+
+
+def test_the_ranks_die_with_their_launcher(tmp_path: Path):
+    process = start(WAITS, tmp_path)
+    wait_until_ready(process)
+    ranks = [psutil.Process(int((tmp_path / f"rank{rank}").read_text())) for rank in range(2)]
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path):
+    process = start(FAILS, tmp_path)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors == "braid: error: training.tokens: got 0, wants a positive integer\n"
+
+
+def test_a_killed_rank_ends_the_run_with_the_shells_code(tmp_path: Path):
+    process = start("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_the_environment_of_a_rank_keeps_what_the_user_set():
+    environment = rank_environment({"GLIBC_TUNABLES": "mine", "PYTHONPATH": "elsewhere"}, nproc=1)
+    assert environment["GLIBC_TUNABLES"] == "mine"
+    assert environment["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere"
+
+
+def test_ranks_share_the_cores_and_get_the_allocator():
+    environment = rank_environment({}, nproc=10_000)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["GLIBC_TUNABLES"] == MALLOC
+
+
+def test_no_ranks_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="--nproc: got 0, wants a positive number"):
+        run(tmp_path, [], 0)

@@ -1,0 +1,1 @@
+"""How a model is trained: recipes, the loop, the engine, optimizers, checkpoints."""
