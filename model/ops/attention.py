@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose
+from model.ops.blockwise import LOG2_E, Scratch, exp2_, wide_dtype
 
 BLOCK = 128  # queries at a time; 64 to 256 measure alike
 
@@ -102,7 +103,7 @@ def _hidden(document: Tensor | None, queries: range, keys: range, limit: int, de
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, limit: int, scale: float) -> Tensor:
     """All T x S scores at once: the oracle. document: (B, S) or None, of the keys; queries are the last T of them."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     T, S, R = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.to(wide).repeat_interleave(R, 2), v.to(wide).repeat_interleave(R, 2)
     scores = scale * torch.einsum("bihp,bjhp->bhij", q.to(wide), k)
@@ -134,20 +135,20 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, document, limit: int, scale: float):
         B, T, H, P = q.shape
         S, K = k.shape[1:3]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(q.dtype)
         kh, vh = _keys_first(k, wide), _keys_first(v, v.dtype)
         out = torch.empty(B, T, H, P, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, K, H // K, T, dtype=wide, device=q.device)
-        masks = _Masks(document, limit, wide, q.device)
+        masks, room = _Masks(document, limit, wide, q.device), Scratch(q.device)
         for rows, queries, span in _blocks(T, S, limit):
             visible, bias = masks.of(queries, span)
-            qh = _heads_first(q[:, rows], K).to(wide) * scale
-            scores = _dot(qh, kh[:, :, span].transpose(2, 3)).add_(bias)
+            qh = _heads_first(q[:, rows], K).to(wide) * (scale * LOG2_E)
+            scores = _dot(qh, kh[:, :, span].transpose(2, 3), room, "scores").add_(bias)
             top = scores.amax(-1, keepdim=True)
-            weights = _exp_(scores.sub_(top)).mul_(visible)
+            weights = exp2_(scores.sub_(top)).mul_(visible)
             total = weights.sum(-1, keepdim=True)
-            lse[..., rows] = total.log().add_(top).squeeze(-1)
-            y = _dot(weights.to(q.dtype), vh[:, :, span])
+            lse[..., rows] = total.log2().add_(top).squeeze(-1)
+            y = _dot(_narrow(weights, q.dtype, room, "weights"), vh[:, :, span], room, "y")
             out[:, rows] = _tokens_first(y / total)
         ctx.save_for_backward(q, k, v, document, out, lse)
         ctx.limit, ctx.scale = limit, scale
@@ -162,17 +163,19 @@ class _BlockAttention(torch.autograd.Function):
         kw = kh.to(wide)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(kh.shape, dtype=wide, device=q.device) for _ in range(2))
-        masks = _Masks(document, ctx.limit, wide, q.device)
+        masks, room = _Masks(document, ctx.limit, wide, q.device), Scratch(q.device)
         for rows, queries, span in _blocks(T, S, ctx.limit):
             visible, _ = masks.of(queries, span)
             qh, dyh = _heads_first(q[:, rows], K), _heads_first(dy[:, rows], K)
-            scores = _dot(qh.to(wide) * ctx.scale, kw[:, :, span].transpose(2, 3))
-            weights = _exp_(scores.sub_(lse[..., rows, None])).mul_(visible)
+            scores = _dot(qh.to(wide) * (ctx.scale * LOG2_E), kw[:, :, span].transpose(2, 3), room, "scores")
+            weights = exp2_(scores.sub_(lse[..., rows, None])).mul_(visible)
             delta = (dyh.to(wide) * _heads_first(out[:, rows], K)).sum(-1, keepdim=True)
-            d_scores = _dot(dyh, vh[:, :, span].transpose(2, 3)).to(wide).sub_(delta).mul_(weights).to(q.dtype)
-            dv[:, :, span].add_(_over_queries(weights.to(q.dtype), dyh))
-            dk[:, :, span].add_(_over_queries(d_scores, qh), alpha=ctx.scale)
-            dq[:, rows] = _tokens_first(_dot(d_scores, kh[:, :, span]).mul_(ctx.scale))
+            dv[:, :, span].add_(_over_queries(_narrow(weights, q.dtype, room, "weights"), dyh, room))
+            d_weights = _dot(dyh, vh[:, :, span].transpose(2, 3), room, "d_weights")
+            d_scores = room("d_scores", weights.shape, wide).copy_(d_weights).sub_(delta).mul_(weights)
+            d_scores = _narrow(d_scores, q.dtype, room, "weights")
+            dk[:, :, span].add_(_over_queries(d_scores, qh, room), alpha=ctx.scale)
+            dq[:, rows] = _tokens_first(_dot(d_scores, kh[:, :, span], room, "dq").mul_(ctx.scale))
         return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None
 
 
@@ -187,8 +190,7 @@ def _blocks(T: int, S: int, limit: int) -> Iterator[tuple[slice, range, slice]]:
 class _Masks:
     """visible (1 or B, 1, 1, n, keys), 1 or 0, and the bias that keeps hidden keys from the maximum.
 
-    Hidden weights are multiplied by 0 after exp, whose argument is bounded below: exp of -inf and of what gives
-    subnormal numbers is several times slower on a CPU.
+    Hidden weights are multiplied by 0 after the exponential, whose argument `exp2_` bounds.
     """
 
     def __init__(self, document: Tensor | None, limit: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -221,18 +223,23 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def _dot(x: Tensor, y: Tensor, room: Scratch, name: str) -> Tensor:
     """(B, K, R, n, a) @ (B, K, a, c) -> (B, K, R, n, c): the R heads of a group are rows of one matmul."""
-    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+    out = room(name, (*x.shape[:-1], y.shape[-1]), x.dtype)
+    torch.bmm(x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4]), y.flatten(0, 1), out=out.flatten(2, 3).flatten(0, 1))
+    return out
 
 
-def _over_queries(weights: Tensor, x: Tensor) -> Tensor:
+def _over_queries(weights: Tensor, x: Tensor, room: Scratch) -> Tensor:
     """(B, K, R, n, keys), (B, K, R, n, P) -> (B, K, keys, P)."""
-    return weights.flatten(2, 3).transpose(2, 3) @ x.flatten(2, 3)
+    B, K, R, n, keys = weights.shape
+    out = room("over_queries", (B, K, keys, x.shape[-1]), x.dtype)
+    torch.bmm(weights.view(B * K, R * n, keys).transpose(1, 2), x.view(B * K, R * n, -1), out=out.flatten(0, 1))
+    return out
 
 
-def _exp_(x: Tensor) -> Tensor:
-    return x.clamp_(math.log(torch.finfo(x.dtype).tiny) / 2, 0).exp_()
+def _narrow(x: Tensor, dtype: torch.dtype, room: Scratch, name: str) -> Tensor:
+    return room(name, x.shape, dtype).copy_(x)
 
 
 def rotary(x: Tensor, positions: Tensor, theta: float, dims: int | None = None) -> Tensor:
@@ -243,7 +250,7 @@ def rotary(x: Tensor, positions: Tensor, theta: float, dims: int | None = None) 
     """
     dims = x.shape[-1] if dims is None else dims
     assert dims % 2 == 0 and dims <= x.shape[-1], f"cannot turn {dims} of {x.shape[-1]} dimensions in pairs"
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     exponent = torch.arange(0, dims, 2, device=x.device, dtype=wide) / dims
     angle = positions[..., None].to(wide) * theta**-exponent
     return _Rotary.apply(x, angle.cos()[:, :, None], angle.sin()[:, :, None])

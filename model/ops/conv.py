@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose
+from model.ops.blockwise import wide_dtype
 
 # causal-conv1d takes documents or a state, not both.
 BACKENDS = (
@@ -98,7 +99,7 @@ def causal_conv_reference(
 ) -> Tensor:
     """The equation, tap by tap over the whole row."""
     T, k = x.shape[1], weight.shape[1]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     padded, index = _padded(x, k, state).to(wide), _padded_index(x, k, documents)
     y = torch.zeros(x.shape, dtype=wide, device=x.device) if bias is None else bias.to(wide).expand(x.shape)
     for d in range(k):
@@ -113,7 +114,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, documents, state, silu: bool):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         row = _Row(x, weight.to(wide), None if bias is None else bias.to(wide), documents, state)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for span in row.spans():
@@ -127,7 +128,7 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, documents, state = ctx.saved_tensors
-        wide, k = torch.float64 if x.dtype == torch.float64 else torch.float32, weight.shape[1]
+        wide, k = wide_dtype(x.dtype), weight.shape[1]
         row = _Row(x, weight.to(wide), None if bias is None else bias.to(wide), documents, state)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         taps = row.taps

@@ -5,13 +5,14 @@
 Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from model.ops.blockwise import LOG2_E, exp2_, wide_dtype
 
 IGNORE = -100
 CHUNK = 2**22  # logits at a time: 16 MiB in float32
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = wide_dtype(dtype)
         h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
@@ -60,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.copy_(torch.mm(h[rows], w.t(), out=raw))
             aimed = logits.gather(1, t[rows].clamp(min=0)[:, None])
             top = logits.amax(-1, keepdim=True)
-            total = _exp_(logits.sub_(top)).sum(-1, keepdim=True)
+            total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
             lse[rows] = total.log_().add_(top).squeeze(1)
             nll[rows] = lse[rows] - aimed.squeeze(1)
         if z_loss:
@@ -82,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part = torch.empty_like(w)
         for rows, raw, d in _chunks(len(t), w, wide):
             d.copy_(torch.mm(h[rows], w.t(), out=raw))
-            _exp_(d.sub_(lse[rows, None])).mul_(share[rows, None])
+            exp2_(d.sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
             d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
             raw.copy_(d)
             dh.view(-1, dh.shape[-1])[rows] = raw @ w
@@ -100,8 +101,3 @@ def _chunks(n: int, w: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tenso
     for start in range(0, n, size):
         m = min(size, n - start)
         yield slice(start, start + m), raw[:m], logits[:m]
-
-
-def _exp_(x: Tensor) -> Tensor:
-    """exp of nothing positive, and of nothing that would give subnormal numbers: they are slow on a CPU."""
-    return x.clamp_(math.log(torch.finfo(x.dtype).tiny) / 2, 0).exp_()

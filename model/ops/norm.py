@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.blockwise import wide_dtype
+
 BLOCK = 2**18  # elements at a time: what stays in a core's cache with its temporaries
 
 
@@ -50,13 +52,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """The equation, at once: the oracle."""
-    grouped = x.to(_wide(x)).unflatten(-1, (groups, -1))
+    grouped = x.to(wide_dtype(x.dtype)).unflatten(-1, (groups, -1))
     normal = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     return (normal.flatten(-2) * weight).to(x.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z, weight, eps: float, groups: int, norm_first: bool, dtype: torch.dtype):
-        wide, (xs, zs) = _wide(x), (_rows(x), None if z is None else _rows(z))
+        wide, (xs, zs) = wide_dtype(x.dtype), (_rows(x), None if z is None else _rows(z))
         n, D = xs.shape
         w = weight.to(wide).view(groups, -1)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -95,7 +93,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
-        wide, xs, zs, dys = _wide(x), _rows(x), None if z is None else _rows(z), _rows(dy)
+        wide, xs, zs, dys = wide_dtype(x.dtype), _rows(x), None if z is None else _rows(z), _rows(dy)
         n, D = xs.shape
         w = weight.to(wide).view(scale.shape[1], -1)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.ops.backend import HALVES, Backend, choose
+from model.ops.blockwise import wide_dtype
 from model.ops.ssd_chunked import ssd_chunked
 
 _ALL = frozenset({"documents", "initial_state", "final_state"})
@@ -77,15 +78,11 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, documents: Te
     assert state is None or state.shape == (b, H, P, N), "initial_state has another shape than (B, H, P, N)"
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state)."""
-    wide, heads = _wide(x), x.shape[1]
+    wide, heads = wide_dtype(x.dtype), x.shape[1]
     Bh = B.to(wide).repeat_interleave(heads // B.shape[1], 1)
     Ch = C.to(wide).repeat_interleave(heads // C.shape[1], 1)
     dt, xw = dt.to(wide), x.to(wide)
@@ -110,7 +107,7 @@ def ssd_reference(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token: slow and obvious. Arguments and results as in `ssd`."""
     b, T, H, P = x.shape
-    state = x.new_zeros(b, H, P, B.shape[-1], dtype=_wide(x)) if initial_state is None else initial_state
+    state = x.new_zeros(b, H, P, B.shape[-1], dtype=wide_dtype(x.dtype)) if initial_state is None else initial_state
     ys = []
     for t in range(T):
         if documents is not None:
@@ -134,7 +131,7 @@ def ssd_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i): quadratic in T, for tests."""
     b, T, H = dt.shape
-    wide, repeats = _wide(x), H // B.shape[2]
+    wide, repeats = wide_dtype(x.dtype), H // B.shape[2]
     xw, dt = x.to(wide), dt.to(wide)
     Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)
     index = torch.zeros(b, T, dtype=torch.int32, device=x.device) if documents is None else documents
