@@ -38,7 +38,7 @@ from model.params import (
 class Mamba2Config:
     """expand: inner width as a multiple of d_model. head_dim: P. d_state: N. n_groups: G, groups of heads that share B
     and C. d_conv: taps of the causal convolution. chunk: tokens per chunk of the scan (a matter of speed alone).
-    dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time. A_range: range of
+    dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time, None for none. A_range: range of
     the initial -A."""
 
     expand: float = 2.0
@@ -51,7 +51,7 @@ class Mamba2Config:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_limit: tuple[float, float] | None = None
     A_range: tuple[float, float] = (1.0, 16.0)
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
@@ -71,8 +71,9 @@ class Mamba2Config:
         heads = self.n_heads(d_model)
         require(heads % self.n_groups == 0, "n_groups", self.n_groups, f"a divisor of the {heads} heads")
         require(self.dt_min <= self.dt_max, "dt_max", self.dt_max, f"at least dt_min={self.dt_min}")
-        low, high = self.dt_limit
-        require(0 <= low < high, "dt_limit", list(self.dt_limit), "0 <= low < high")
+        if self.dt_limit is not None:
+            low, high = self.dt_limit
+            require(0 <= low < high, "dt_limit", list(self.dt_limit), "0 <= low < high, or none")
         require(0 < self.A_range[0] <= self.A_range[1], "A_range", list(self.A_range), "0 < low <= high")
 
     def table(self, dims: Dims) -> Table:
@@ -160,7 +161,7 @@ class Mamba2(nn.Module):
         )
         x, B, C = xBC.split(self.conv_sizes, dim=-1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        if cfg.dt_limit != (0.0, math.inf):
+        if cfg.dt_limit is not None:
             dt = dt.clamp(*cfg.dt_limit)
         y, ssm = ssd(
             x.unflatten(-1, (-1, cfg.head_dim)),

@@ -72,6 +72,18 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def rank_processes(pid: int) -> list[int]:
+    """The training ranks below a `braid train` process: those that run `-m train`, in the order of their start."""
+    import psutil
+
+    return [
+        child.pid
+        for child in sorted(psutil.Process(pid).children(recursive=True), key=lambda child: child.create_time())
+        if any(pair == ("-m", "train") for pair in zip(child.cmdline(), child.cmdline()[1:], strict=False))
+        and "torch.distributed.run" not in child.cmdline()
+    ]
+
+
 def curve(run: Path) -> list[dict]:
     """The complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"

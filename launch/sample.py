@@ -1,0 +1,49 @@
+"""Text from a trained run: `braid generate`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.generate import Sampling, generate
+from model.hybrid import HybridLM, Precision
+from model.load import load_model
+from model.weights.reader import Checkpoint
+from train.checkpoint.transaction import newest_valid
+
+
+def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, Tokenizer, Checkpoint]:
+    """The model of a run's newest checkpoint and its tokenizer, checked to be the one that it was trained with.
+
+    run: a run folder, or one checkpoint folder of it. Raises ValueError when either is missing or does not match.
+    """
+    if not run.is_dir():
+        raise ValueError(f"run: {run} is no folder, wants a run such as runs/quickstart")
+    found = run if (run / "manifest.json").exists() else newest_valid(run / "checkpoints")
+    if found is None:
+        raise ValueError(f"run: {run} holds no checkpoint yet, wants one saved by braid train")
+    checkpoint = Checkpoint(found)
+    tokenizer = load_tokenizer(Path(checkpoint.extra["tokenizer"]["path"]))
+    if tokenizer.sha256 != checkpoint.extra["tokenizer"]["sha256"]:
+        raise ValueError(
+            f"tokenizer: {checkpoint.extra['tokenizer']['path']} has SHA-256 {tokenizer.sha256[:12]}, "
+            f"the run was trained with {checkpoint.extra['tokenizer']['sha256'][:12]}"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(checkpoint, precision, device), tokenizer, checkpoint
+
+
+def sample(run: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
+    """Yields the continuation of `prompt` in pieces of text."""
+    model, tokenizer, _ = load_run(run, Precision(torch.bfloat16, torch.float32))
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    shown, produced = "", []
+    for (token,) in generate(model, [ids], max_tokens, Sampling(temperature, top_p), stop=tokenizer.eos, seed=seed):
+        if token is None:
+            return
+        produced.append(token)
+        text = tokenizer.decode(produced)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text

@@ -1,0 +1,122 @@
+"""A run survives a kill, and its curve depends on neither the ZeRO stage nor the number of ranks.
+
+One uninterrupted run and one killed and resumed run for each ZeRO stage on one rank and on two: everything that these
+tests compare was printed by `braid train` itself.
+"""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import braid, curve, events, kill_group, rank_processes, start, wait_for_step, write_corpus
+
+STEPS = 24
+LAYOUTS = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+layouts = pytest.mark.parametrize(("stage", "ranks"), LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a prepared corpus; runs are made beside it."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_corpus(folder / "corpus")
+    braid("prepare", "tiny", cwd=folder)
+    return folder
+
+
+def arguments(name: str, stage: int, ranks: int, *overrides: str) -> list[str]:
+    """`braid train` on the tiny recipe, float32, saving every fifth step."""
+    return [
+        "train",
+        "tiny",
+        "--nproc",
+        str(ranks),
+        f"name={name}",
+        f"parallel.zero_stage={stage}",
+        "training.compute_dtype=float32",
+        f"training.tokens={STEPS * 8 * 64}",
+        f"checkpoints.every_tokens={5 * 8 * 64}",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workplace: Path) -> dict[tuple[int, int], list[dict]]:
+    """The curve of every layout, asked for once."""
+    curves = {}
+    for stage, ranks in LAYOUTS:
+        name = f"whole-{stage}-{ranks}"
+        braid(*arguments(name, stage, ranks), cwd=workplace)
+        curves[stage, ranks] = curve(workplace / "runs" / name)
+        assert len(curves[stage, ranks]) == STEPS
+    return curves
+
+
+def facts(lines: list[dict]) -> list[tuple]:
+    """What must be equal bit for bit."""
+    return [
+        (line["step"], line["batch_hash"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines
+    ]
+
+
+@layouts
+def test_kill_and_rerun_equals_an_uninterrupted_run(
+    workplace: Path, uninterrupted: dict, stage: int, ranks: int
+) -> None:
+    """SIGKILL to all ranks at a random step, the same command again: batches and losses bit for bit the same."""
+    name = f"killed-{stage}-{ranks}"
+    command = arguments(name, stage, ranks)
+    run = workplace / "runs" / name
+    process = start(*command, cwd=workplace)
+    wait_for_step(process, run, random.Random(10 * stage + ranks).randint(7, STEPS - 6))
+    kill_group(process)
+    assert len(curve(run)) < STEPS, "the kill came too late to test anything"
+    braid(*command, cwd=workplace)
+    assert facts(curve(run)) == facts(uninterrupted[stage, ranks])
+    assert events(run, "resumed"), "the second start must have read a checkpoint"
+
+
+def test_losses_do_not_depend_on_stage_or_ranks(uninterrupted: dict) -> None:
+    """The same global batch in every layout, and float32 losses within 1e-5. Documents end where they like, so the two
+    ranks hold unequal numbers of valid tokens (see the next test)."""
+    reference = uninterrupted[0, 1]
+    for layout in LAYOUTS:
+        lines = uninterrupted[layout]
+        assert [line["batch_hash"] for line in lines] == [line["batch_hash"] for line in reference]
+        for line, expected in zip(lines, reference, strict=True):
+            assert abs(line["loss"] - expected["loss"]) <= 1e-5 * max(1.0, expected["loss"]), f"ZeRO, ranks {layout}"
+            assert abs(line["grad_norm"] - expected["grad_norm"]) <= 1e-4 * max(1.0, expected["grad_norm"])
+
+
+def test_the_loss_falls(uninterrupted: dict) -> None:
+    losses = [line["loss"] for line in uninterrupted[0, 1]]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_zero_0_and_3_agree_in_bfloat16(workplace: Path) -> None:
+    """Explicit casts: what ZeRO-3 gathers is the float32 weight, so only the order of sums differs."""
+    curves = []
+    for stage in (0, 3):
+        name = f"bfloat16-{stage}"
+        braid(*arguments(name, stage, 2, "training.compute_dtype=bfloat16"), cwd=workplace)
+        curves.append([line["loss"] for line in curve(workplace / "runs" / name)])
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 2**-8 * max(curves[0])
+
+
+def test_sigterm_to_one_rank_saves_and_the_rerun_resumes(workplace: Path, uninterrupted: dict) -> None:
+    """All ranks stop at the same step, save, exit with the documented code; the curve goes on as if nothing had been."""
+    command = arguments("terminated", 1, 2)
+    run = workplace / "runs" / "terminated"
+    process = start(*command, cwd=workplace)
+    wait_for_step(process, run, 3)
+    victim = rank_processes(process.pid)[-1]
+    os.kill(victim, signal.SIGTERM)
+    assert process.wait(120) == 75
+    stopped = len(curve(run))
+    assert 3 <= stopped < STEPS
+    assert (run / "checkpoints" / f"tokens-{stopped * 8 * 64:012d}" / "manifest.json").exists()
+    braid(*command, cwd=workplace)
+    assert facts(curve(run)) == facts(uninterrupted[1, 2])

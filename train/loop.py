@@ -1,0 +1,129 @@
+"""The training loop. `train()` is the whole cadence: step, record, validate, save, stop."""
+
+import time
+from typing import Any
+
+import torch
+
+from data.stream import Batch, combine, row_digests
+from eval.perplexity import Perplexity, evaluate
+from model.context import Documents, NoiseKey
+from model.hybrid import ModelOutput, forward_flops
+from train.config import Recipe
+from train.health import clip_coefficient
+from train.run import Run, open_run
+from train.stop import EXIT_DONE, EXIT_STOPPED
+
+
+def train(recipe: Recipe) -> int:
+    """Trains the run of `recipe`, or resumes it where it stopped. Returns the exit code.
+
+    Raises ValueError (one clear line) for a user's mistake, TrainingHealthError when updates stay non-finite.
+    """
+    with open_run(recipe) as run:
+        while not run.finished:
+            run.metrics.step(train_step(run))
+            stopping = run.stop_asked()
+            if run.due(recipe.evaluation.every_tokens) and not (stopping or run.finished):
+                validate(run)
+            if stopping or run.finished or run.due(recipe.checkpoints.every_tokens):
+                run.save()
+            if stopping and not run.finished:
+                run.metrics.say(f"stopped after step {run.clock.step} and saved; the same command resumes")
+                return EXIT_STOPPED
+        report(run, validate(run))
+    return EXIT_DONE
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """One optimizer step on the next global batch; returns its line of `metrics.jsonl`.
+
+    The gradient is that of the sum over all valid tokens divided by their global count, whatever the number of ranks
+    and micro-batches. A non-finite gradient norm skips the update on every rank.
+    """
+    begin = time.perf_counter()
+    training, clock, mesh = run.recipe.training, run.clock, run.mesh
+    batches = run.stream.next_step()
+    valid = mesh.sum(sum(batch.valid for batch in batches))
+    nll, auxiliary, metrics = 0.0, {}, {}
+    for index, batch in enumerate(batches):
+        out = forward(run, batch)
+        loss = out.nll.sum() + sum(out.losses.values())
+        run.engine.backward(loss / max(valid, 1), last=index == len(batches) - 1)
+        nll += out.nll.detach().double().sum().item()
+        auxiliary = {name: auxiliary.get(name, 0.0) + value.item() for name, value in out.losses.items()}
+        metrics = {name: value.item() for name, value in out.metrics.items()}
+    norm = run.health.norm(run.engine)
+    middle = clock.tokens + run.tokens_per_step / 2
+    rate = run.recipe.optimizer.learning_rate * run.recipe.schedule.factor(middle, training.tokens)
+    updated = run.health.admit(norm, clock.step + 1)
+    if updated:
+        run.engine.apply(rate, clip_coefficient(norm, training.clip_norm))
+    else:
+        run.engine.discard()
+        run.metrics.event("update_skipped", step=clock.step + 1, grad_norm=str(norm))
+    clock.step += 1
+    clock.tokens += run.tokens_per_step
+    totals = mesh.sum_(torch.tensor([nll, *auxiliary.values()], dtype=torch.float64)) / max(valid, 1)
+    digest = combine([row for rows in mesh.gather(row_digests(batches)) for row in rows])
+    seconds = time.perf_counter() - begin
+    speed = run.tokens_per_step / seconds
+    return {
+        "step": clock.step,
+        "tokens": clock.tokens,
+        "loss": totals[0].item(),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens_per_s": speed,
+        "mfu": 3 * mean_forward_flops(run, batches) * speed / (run.peak.flops * mesh.size),
+        "batch_hash": digest,
+        "updated": updated,
+        "valid_tokens": int(valid),
+        "seconds": seconds,
+        **dict(zip(auxiliary, totals[1:].tolist(), strict=True)),
+        **metrics,
+    }
+
+
+def forward(run: Run, batch: Batch) -> ModelOutput:
+    """The model on one micro-batch, on this rank's device."""
+    device = run.mesh.device
+    samples = batch.samples.to(device)
+    noise = NoiseKey(run.recipe.seed, run.clock.step, samples)
+    tokens, starts, targets = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.starts, batch.targets))
+    return run.engine(tokens, starts, targets, clock=run.clock.tokens, noise=noise)
+
+
+def mean_forward_flops(run: Run, batches: list[Batch]) -> float:
+    """Model FLOPs per token of a forward pass over this rank's rows, with the keys that their documents really show."""
+    positions = torch.cat([Documents.from_starts(batch.starts).positions for batch in batches])
+
+    def keys(window: int | None) -> float:
+        visible = positions + 1
+        return (visible if window is None else visible.clamp(max=window)).double().mean().item()
+
+    return forward_flops(run.recipe.model, run.recipe.training.sequence_length, keys)
+
+
+@torch.no_grad()
+def validate(run: Run) -> Perplexity:
+    """Loss and bits per byte of the held-out documents, the same on every number of ranks."""
+    run.engine.module.eval()
+    result = evaluate(
+        lambda batch: forward(run, batch).nll.cpu(),
+        run.data.validation,
+        sequence_length=run.recipe.training.sequence_length,
+        rows=run.recipe.training.micro_batch_rows,
+        max_tokens=run.recipe.evaluation.max_tokens,
+        rank=run.mesh.rank,
+        size=run.mesh.size,
+        all_reduce=run.mesh.sum_,
+    )
+    run.engine.module.train()
+    run.metrics.event(
+        "validation", step=run.clock.step, tokens=run.clock.tokens, loss=result.loss, bits_per_byte=result.bits_per_byte
+    )
+    run.metrics.say(
+        f"step {run.clock.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+    )
+    return result

@@ -1,0 +1,126 @@
+"""The run's record: `metrics.jsonl`, `events.jsonl`, the progress bar and Weights & Biases.
+
+A line of `metrics.jsonl` is one step. A resumed run drops the lines of steps that it is about to take again, so that the
+file is always the record of one uninterrupted curve; what happened to the run on the way is in `events.jsonl`.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one line in one write, so that a kill leaves at most an unfinished last line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; an unfinished last one (the writer was killed) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def forget_after(path: Path, step: int) -> int:
+    """Keeps the lines up to `step`; returns how many were dropped."""
+    records = read_json_lines(path)
+    kept = [record for record in records if record["step"] <= step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(draft, path)
+    return len(records) - len(kept)
+
+
+class Metrics:
+    """Writes what a step measured. Ranks other than 0 hold a silent one (`folder=None`).
+
+    folder: the run folder. total_tokens: length of the run. done_tokens, step: where it begins or resumes. wandb: an
+    open Weights & Biases run, or None.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, total_tokens: int, done_tokens: int, step: int, wandb: Any = None
+    ) -> None:
+        self.folder, self.wandb = folder, wandb
+        self.total_tokens, self.done_tokens = total_tokens, done_tokens
+        self.bar: tqdm | None = None
+        if folder is not None and (dropped := forget_after(folder / "metrics.jsonl", step)):
+            self.event("metrics_dropped", step=step, lines=dropped)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One training step."""
+        if self.folder is None:
+            return
+        append_json_line(self.folder / "metrics.jsonl", record)
+        self.bar = self.bar or self._open_bar()
+        shown = {"loss": f"{record['loss']:.3f}", "tok/s": f"{record['tokens_per_s']:,.0f}"}
+        self.bar.set_postfix(shown | {"MFU": f"{record['mfu']:.1%}"}, refresh=False)
+        self.bar.update(record["tokens"] - self.bar.n)
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["step"])
+
+    def _open_bar(self) -> tqdm:
+        """On a terminal it moves twice a second; in a log file a line is written every ten seconds."""
+        interval = 0.5 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.total_tokens,
+            initial=self.done_tokens,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            mininterval=interval,
+            maxinterval=interval,
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened to the run: resumed, saved, skipped an update, stopped."""
+        if self.folder is None:
+            return
+        append_json_line(self.folder / "events.jsonl", {"event": kind, "time": time.time()} | fields)
+        if self.wandb is not None and kind == "validation":
+            self.wandb.log({f"validation/{name}": value for name, value in fields.items()}, step=fields["step"])
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar (rank 0 only)."""
+        if self.folder is not None:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def open_wandb(project: str, mode: str, name: str, folder: Path, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run that a resumed job continues; `mode="offline"` needs no network.
+
+    Raises ValueError when the package is missing.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logging.wandb: the package is not installed, wants pip install 'braid[wandb]'") from None
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=project, mode=mode, name=name, id=identity.read_text(), resume="allow", dir=str(folder), config=config
+    )
+
+

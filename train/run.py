@@ -1,0 +1,220 @@
+"""A run: everything that `train()` needs, opened in one place and closed in the reverse order.
+
+Order matters: the mesh first (every later step may have to agree across ranks), the lock before anything is written,
+the weights before the engine partitions them, the checkpoint after it.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.prepare import PreparedData, open_prepared
+from data.stream import BatchStream
+from model.hybrid import HybridLM, initialise_model, parameter_count
+from model.weights.reader import Checkpoint
+from train.checkpoint.capture import restore
+from train.checkpoint.store import Store
+from train.config import Recipe
+from train.engine import Engine
+from train.hardware import Peak, device_peak
+from train.health import Health
+from train.lock import RunLock
+from train.metrics import Metrics, open_wandb
+from train.parallel import Mesh, open_mesh
+from train.stop import StopRequest
+
+RECIPE = "recipe.json"
+
+
+@dataclass
+class Clock:
+    """Progress: optimizer steps attempted (skipped updates count) and tokens consumed."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Run:
+    """What one rank holds while it trains."""
+
+    recipe: Recipe
+    mesh: Mesh
+    lock: RunLock | None
+    data: PreparedData
+    stream: BatchStream
+    model: HybridLM
+    engine: Engine
+    store: Store
+    health: Health
+    metrics: Metrics
+    stop: StopRequest
+    peak: Peak
+    clock: Clock
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.training.tokens_per_step
+
+    @property
+    def finished(self) -> bool:
+        return self.clock.tokens >= self.recipe.training.tokens
+
+    def due(self, every_tokens: int | None) -> bool:
+        """Whether the step just taken passed a multiple of `every_tokens` on the token clock; None is never."""
+        if every_tokens is None:
+            return False
+        before = self.clock.tokens - self.tokens_per_step
+        return self.clock.tokens // every_tokens > before // every_tokens
+
+    def stop_asked(self) -> bool:
+        """Whether a signal asked any rank to stop: the same answer on every rank. Also keeps the lock's heartbeat."""
+        if self.lock is not None:
+            self.lock.beat()
+        asked = self.mesh.any(self.stop.signal is not None)
+        if asked:
+            self.metrics.event("stopping", step=self.clock.step, signal=self.stop.signal)
+        return asked
+
+    def save(self) -> None:
+        """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
+        folder = self.store.save(self.engine, self.clock.tokens, self._extra())
+        self.metrics.event("saved", step=self.clock.step, checkpoint=folder.name)
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model.to_dict(),
+            "recipe": json.loads(self.recipe.to_json()),
+            "clock": {"step": self.clock.step, "tokens": self.clock.tokens},
+            "stream": self.stream.state_dict(),
+            "random": {"seed": self.recipe.seed, "scheme": "noise is a function of (seed, step, layer, sample)"},
+            "tokenizer": {"path": str(self.data.tokenizer.resolve()), "sha256": self.data.tokenizer_sha256},
+        }
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """Opens or resumes the run of `recipe` on this rank. Raises ValueError for a user's mistake."""
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
+        recipe.check_ranks(mesh.size)
+        data = open_prepared(recipe.data)
+        data.check_vocabulary(recipe.model.vocab_size)
+        lock = stack.enter_context(RunLock(recipe.folder)) if mesh.main else None
+        mesh.barrier()
+        stream = _open_stream(recipe, data, mesh)
+        model = HybridLM(recipe.model, recipe.training.precision, recompute=recipe.training.checkpoint_blocks, mesh=mesh)
+        initialise_model(model, recipe.seed)
+        engine = Engine(
+            model,
+            model.table(),
+            recipe.optimizer,
+            zero_stage=recipe.parallel.zero_stage,
+            mesh=mesh,
+            reduce_dtype=recipe.training.reduction,
+            options=recipe.parallel.buckets,
+        )
+        stack.callback(engine.close)
+        store = Store(recipe.folder / "checkpoints", mesh, recipe.checkpoints.keep_last, print)
+        checkpoint = store.newest(recipe.checkpoints.resume)
+        clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream)
+        run = Run(
+            recipe=recipe,
+            mesh=mesh,
+            lock=lock,
+            data=data,
+            stream=stream,
+            model=model,
+            engine=engine,
+            store=store,
+            health=Health(model.table(), mesh, max_skipped=recipe.training.nonfinite_limit),
+            metrics=stack.enter_context(_open_metrics(recipe, mesh, clock)),
+            stop=stop,
+            peak=device_peak(mesh.device),
+            clock=clock,
+        )
+        _announce(run, checkpoint)
+        yield run
+
+
+def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
+    return BatchStream(
+        data.mixture(recipe.training.sequence_length, recipe.seed),
+        rows_per_step=recipe.training.rows_per_step,
+        micro_rows=recipe.training.micro_batch_rows,
+        rank=mesh.rank,
+        size=mesh.size,
+    )
+
+
+def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream) -> Clock:
+    """Restores everything from the checkpoint; refuses a recipe of another model or other data."""
+    saved, ours = checkpoint.extra["model"], json.loads(json.dumps(recipe.model.to_dict()))
+    differing = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"model.{key}: got {ours.get(key)}, but {checkpoint.folder} was saved with {saved.get(key)}; "
+            "wants the saved model, or another name for the run"
+        )
+    stream.load_state_dict(checkpoint.extra["stream"])
+    restore(engine, checkpoint)
+    checkpoint.close()
+    return Clock(**checkpoint.extra["clock"])
+
+
+def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:
+    wandb = None
+    if mesh.main and recipe.logging.wandb is not None:
+        wandb = open_wandb(
+            recipe.logging.wandb,
+            recipe.logging.wandb_mode,
+            recipe.name,
+            recipe.folder,
+            json.loads(recipe.to_json()),
+        )
+    return Metrics(
+        recipe.folder if mesh.main else None,
+        total_tokens=recipe.training.tokens,
+        done_tokens=clock.tokens,
+        step=clock.step,
+        wandb=wandb,
+    )
+
+
+def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Says what is about to run, writes the resolved recipe, and notes what changed since the run was saved."""
+    recipe, metrics = run.recipe, run.metrics
+    if not run.mesh.main:
+        return
+    million = parameter_count(recipe.model) / 1e6
+    metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
+    metrics.say(
+        f"{run.mesh.size} x {run.mesh.device.type}, ZeRO {recipe.parallel.zero_stage}, "
+        f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
+    )
+    metrics.say(f"peak {run.peak.flops / 1e12:.2f} TFLOP/s a rank ({run.peak.source})")
+    if run.lock is not None and run.lock.taken_from is not None:
+        metrics.event("lock_taken", why=run.lock.taken_from)
+        metrics.say(f"lock: {run.lock.taken_from}")
+    if checkpoint is not None:
+        metrics.event("resumed", step=run.clock.step, checkpoint=checkpoint.folder.name, ranks=run.mesh.size)
+        metrics.say(f"resumed from {checkpoint.folder} at step {run.clock.step}")
+        for line in changes(checkpoint.extra["recipe"], json.loads(recipe.to_json())):
+            metrics.event("recipe_changed", change=line)
+            metrics.say(f"changed since: {line}")
+    (recipe.folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+
+
+def changes(before: Any, after: Any, key: str = "") -> list[str]:
+    """`key: old -> new` for every value that differs between two recipes as plain values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [line for k in keys for line in changes(before.get(k), after.get(k), f"{key}.{k}" if key else k)]
+    return [] if before == after else [f"{key}: {before} -> {after}"]

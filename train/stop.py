@@ -1,0 +1,38 @@
+"""Signals that ask a run to stop: save at the end of the step, exit with EXIT_STOPPED, resume on the next start."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: stopped by a signal after saving; the same command resumes."""
+EXIT_UNHEALTHY = 76
+"""Training stopped itself: too many updates in a row were not finite."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers the first stop signal while active; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __enter__(self) -> "StopRequest":
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
