@@ -192,7 +192,9 @@ class HybridLM(nn.Module):
             mesh=self.mesh,
             carry=carry,
         )
-        states, losses, metrics = [], {}, {}
+        states: list[Any] = []
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
             out = self._run(block, x, ctx.at(index), before)

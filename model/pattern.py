@@ -77,7 +77,9 @@ def _names(letters: Collection[str]) -> str:
 def check_letter(letter: str) -> None:
     """Raises ValueError unless `letter` can stand in a pattern."""
     if len(letter) != 1 or letter in _RESERVED or letter.isspace() or letter.isdigit():
-        raise ValueError(f"layer letter {letter!r}: wants one character that is no digit, space or any of '{_RESERVED}'")
+        raise ValueError(
+            f"layer letter {letter!r}: wants one character that is no digit, space or any of '{_RESERVED}'"
+        )
 
 
 def _expand_ratio(pattern: str, letters: Collection[str]) -> str:

@@ -45,9 +45,12 @@ def train_step(run: Run) -> dict[str, Any]:
     training, clock, mesh = run.recipe.training, run.clock, run.mesh
     batches = run.stream.next_step()
     valid = mesh.sum(sum(batch.valid for batch in batches))
-    nll, auxiliary, metrics = 0.0, {}, {}
+    nll = 0.0
+    auxiliary: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for index, batch in enumerate(batches):
         out = forward(run, batch)
+        assert out.nll is not None
         loss = out.nll.sum() + sum(out.losses.values())
         run.engine.backward(loss / max(valid, 1), last=index == len(batches) - 1)
         nll += out.nll.detach().double().sum().item()

@@ -1,7 +1,7 @@
 """The run's record: `metrics.jsonl`, `events.jsonl`, the progress bar and Weights & Biases.
 
-A line of `metrics.jsonl` is one step. A resumed run drops the lines of steps that it is about to take again, so that the
-file is always the record of one uninterrupted curve; what happened to the run on the way is in `events.jsonl`.
+A line of `metrics.jsonl` is one step. A resumed run drops the lines of steps that it is about to take again, so that
+the file is always the record of one uninterrupted curve; what happened to the run on the way is in `events.jsonl`.
 """
 
 import json
@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+from uuid import uuid4
 
 from tqdm import tqdm
 
@@ -107,7 +108,9 @@ class Metrics:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
 
-def open_wandb(project: str, mode: str, name: str, folder: Path, config: dict[str, Any]) -> Any:
+def open_wandb(
+    project: str, mode: Literal["online", "offline"], name: str, folder: Path, config: dict[str, Any]
+) -> Any:
     """A Weights & Biases run that a resumed job continues; `mode="offline"` needs no network.
 
     Raises ValueError when the package is missing.
@@ -118,9 +121,7 @@ def open_wandb(project: str, mode: str, name: str, folder: Path, config: dict[st
         raise ValueError("logging.wandb: the package is not installed, wants pip install 'braid[wandb]'") from None
     identity = folder / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(uuid4().hex[:8])
     return wandb.init(
         project=project, mode=mode, name=name, id=identity.read_text(), resume="allow", dir=str(folder), config=config
     )
-
-

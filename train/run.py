@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +108,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         lock = stack.enter_context(RunLock(recipe.folder)) if mesh.main else None
         mesh.barrier()
         stream = _open_stream(recipe, data, mesh)
-        model = HybridLM(recipe.model, recipe.training.precision, recompute=recipe.training.checkpoint_blocks, mesh=mesh)
+        model = HybridLM(
+            recipe.model, recipe.training.precision, recompute=recipe.training.checkpoint_blocks, mesh=mesh
+        )
         initialise_model(model, recipe.seed)
         engine = Engine(
             model,

@@ -63,8 +63,10 @@ class Costs:
 class LayerKind(Protocol):
     """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong."""
 
-    kind: str
     residual: ClassVar[str]
+
+    @property
+    def kind(self) -> str: ...
 
     def check(self, d_model: int) -> None: ...
 

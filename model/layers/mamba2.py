@@ -38,8 +38,8 @@ from model.params import (
 class Mamba2Config:
     """expand: inner width as a multiple of d_model. head_dim: P. d_state: N. n_groups: G, groups of heads that share B
     and C. d_conv: taps of the causal convolution. chunk: tokens per chunk of the scan (a matter of speed alone).
-    dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time, None for none. A_range: range of
-    the initial -A."""
+    dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time, None for
+    none. A_range: range of the initial -A."""
 
     expand: float = 2.0
     head_dim: int = 64
@@ -84,9 +84,7 @@ class Mamba2Config:
         blocks = (Block("z", inner, heads), *xBC, Block("dt", H, heads))
         tap = 1 / math.sqrt(self.d_conv)
         table = {
-            "in_proj.weight": ParamSpec(
-                (inner + width + H, dims.d_model), dims.matrix(dims.d_model), blocks=blocks
-            ),
+            "in_proj.weight": ParamSpec((inner + width + H, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),
             "conv_weight": ParamSpec((width, self.d_conv), Uniform(-tap, tap), blocks=xBC, update="convolution"),
             "conv_bias": ParamSpec((width,), Uniform(-tap, tap), blocks=xBC, decay=False, update="vector"),
             "dt_bias": ParamSpec(
@@ -124,8 +122,8 @@ class Mamba2Config:
 class Mamba2State(NamedTuple):
     """conv: (B, k-1, I + 2 G N), the last inputs of the convolution. ssm: (B, H, P, N) float32."""
 
-    conv: Tensor
-    ssm: Tensor
+    conv: Tensor | None
+    ssm: Tensor | None
 
 
 class Mamba2(nn.Module):

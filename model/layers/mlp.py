@@ -1,6 +1,6 @@
 """The feed-forward layer: gated (SwiGLU, arXiv 2002.05202) or plain, with SiLU, GELU or squared ReLU.
 
-    gated:  y = W_down (act(W_gate x) * W_up x)        plain:  y = W_down act(W_up x)
+gated:  y = W_down (act(W_gate x) * W_up x)        plain:  y = W_down act(W_up x)
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class MLPConfig:
 
     def table(self, dims: Dims) -> Table:
         hidden = split_evenly(0, self.d_hidden)
-        blocks = (Block("gate", self.d_hidden, hidden), Block("up", self.d_hidden, hidden))
-        blocks = blocks if self.gated else blocks[1:]
+        names = ("gate", "up") if self.gated else ("up",)
+        blocks = tuple(Block(name, self.d_hidden, hidden) for name in names)
         rows = len(blocks) * self.d_hidden
         return {
             "up.weight": ParamSpec((rows, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),

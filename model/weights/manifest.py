@@ -264,7 +264,7 @@ def _parse_entry(title: str, item: Any) -> Entry:
     return Entry(**found | {"box": tuple((low, high) for low, high in found["box"])})
 
 
-def _fields(value: Any, title: str, wants: dict[str, type]) -> dict[str, Any]:
+def _fields(value: Any, title: str, wants: Mapping[str, type]) -> dict[str, Any]:
     """`value`, an object with exactly these keys and types."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{title} is {type(value).__name__}, wants an object")

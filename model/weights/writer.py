@@ -78,7 +78,8 @@ class _FileWriter:
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path, self._max_bytes = path, max_bytes
-        self._header, self._items = Header(), []
+        self._header = Header()
+        self._items: list[tuple[Fragment, str]] = []
         self._crc = 0
         self._fd = -1
         with _named(path):

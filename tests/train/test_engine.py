@@ -25,8 +25,7 @@ from tests.train.tiny import (
 STAGES, SIZES = (0, 1, 2, 3), (1, 2)
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"accumulation": 1},
-    "accumulate": {"accumulation": 2},
-    "accumulate_more": {"accumulation": 3, "persistent": 20},
+    "accumulate": {"accumulation": 3, "persistent": 20},
     "recompute": {"accumulation": 2, "recompute": True},
     "poison": {"accumulation": 2, "poison": 2},
     "bfloat16": {"accumulation": 1, "dtype": torch.bfloat16},
@@ -53,14 +52,16 @@ def train_everything() -> dict[str, Any]:
 
 
 def load_everywhere(states: dict[str, dict], steps: int) -> dict[str, Any]:
-    """Loads the state saved at every stage into a new engine of every stage; then one more step."""
+    """Loads the state saved at every stage into a used engine of every stage; then one more step."""
     from train.parallel import open_mesh
 
     results = {}
     with open_mesh("cpu", timeout_s=60) as mesh:
         for saved, state in states.items():
             for stage in STAGES:
-                engine = start_engine(mesh, stage)
+                engine = start_engine(mesh, stage, persistent=20)
+                run_step(engine, 1, 1)
+                engine.apply(1.0)
 
                 def fill(flat: Tensor, name: str, kind: str, start: int, state: dict = state) -> None:
                     flat.copy_(state[name][kind][start : start + flat.numel()])
@@ -120,7 +121,7 @@ def assert_near(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 class TestTraining:
-    @pytest.mark.parametrize("run", ["plain", "accumulate", "accumulate_more", "recompute"])
+    @pytest.mark.parametrize("run", ["plain", "accumulate", "recompute"])
     def test_equals_plain_torch(self, trained, references, stage, size, run):
         """Gradients, norm and weights of five steps depend on neither stage, ranks nor micro-batches."""
         ranks = [rank[f"{stage}/{run}"]["steps"] for rank in trained[size]]

@@ -107,7 +107,7 @@ def test_zero_0_and_3_agree_in_bfloat16(workplace: Path) -> None:
 
 
 def test_sigterm_to_one_rank_saves_and_the_rerun_resumes(workplace: Path, uninterrupted: dict) -> None:
-    """All ranks stop at the same step, save, exit with the documented code; the curve goes on as if nothing had been."""
+    """All ranks stop at the same step, save and exit with the documented code; the curve goes on unharmed."""
     command = arguments("terminated", 1, 2)
     run = workplace / "runs" / "terminated"
     process = start(*command, cwd=workplace)

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def local_tensor(values: Tensor, layout: LocalLayout) -> Tensor:
 def random_cuts(generator: random.Random, total: int, parts: int) -> list[tuple[int, int]]:
     """[0, total) cut at random places; parts may be empty."""
     cuts = [0, *sorted(generator.randint(0, total) for _ in range(parts - 1)), total]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def write_random(

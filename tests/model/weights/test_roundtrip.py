@@ -44,8 +44,8 @@ def test_any_box_and_range_of_a_tensor_is_read(tmp_path: Path, seed: int) -> Non
     for sample in samples:
         assert torch.equal(checkpoint.read(sample.name, "weight"), sample.values.flatten())
         for _ in range(6):
-            box = tuple(sorted(generator.sample(range(n + 1), 2)) for n in sample.spec.shape)
-            box = tuple((low, high) for low, high in box)
+            ends = [sorted(generator.sample(range(n + 1), 2)) for n in sample.spec.shape]
+            box = tuple((low, high) for low, high in ends)
             wanted = sample.values[tuple(slice(*span) for span in box)].flatten()
             start, stop = sorted(generator.choices(range(wanted.numel() + 1), k=2))
             assert torch.equal(checkpoint.read(sample.name, "weight", box, start, stop), wanted[start:stop])
@@ -98,7 +98,7 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     manifest = write_simple(tmp_path, values)
     (file,) = manifest.files
     with safe_open(tmp_path / file, "pt") as opened:
-        found = {key: opened.get_tensor(key) for key in opened.keys()}
+        found = {key: opened.get_tensor(key) for key in list(opened.keys())}
     entries = {name: tensor.entries[0].key for (_, name), tensor in manifest.tensors.items()}
     assert all(torch.equal(found[entries[name]], value.flatten()) for name, value in values.items())
 

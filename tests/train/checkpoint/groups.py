@@ -24,7 +24,7 @@ class PipeGroup:
     def __init__(self, rank: int, links: list[Connection]) -> None:
         self.rank, self.size, self._links = rank, len(links) + 1 if rank == 0 else 2, links
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         if self.rank == 0:
             values = [value, *[link.recv() for link in self._links]]
             for link in self._links:
@@ -34,7 +34,7 @@ class PipeGroup:
         return self._links[0].recv()
 
     def barrier(self) -> None:
-        self.all_gather_object(None)
+        self.gather(None)
 
 
 class ThreadGroup:
@@ -43,7 +43,7 @@ class ThreadGroup:
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, values: list[Any]) -> None:
         self.rank, self.size, self._barrier, self._values = rank, size, barrier, values
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self._values[self.rank] = value
         self.barrier()
         values = list(self._values)
@@ -56,7 +56,9 @@ class ThreadGroup:
 
 def on_threads(size: int, work: Callable[[Group], Any]) -> list[Any]:
     """Runs `work` on every rank; returns results, or the exceptions that were raised."""
-    barrier, values, results = threading.Barrier(size), [None] * size, [None] * size
+    barrier = threading.Barrier(size)
+    values: list[Any] = [None] * size
+    results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         try:
@@ -72,7 +74,7 @@ def on_threads(size: int, work: Callable[[Group], Any]) -> list[Any]:
     return results
 
 
-def on_two_processes(work: Callable[[Group], None]) -> list[int]:
+def on_two_processes(work: Callable[[Group], object]) -> list[int]:
     """Runs `work` on two forked processes; returns their exit codes (negative for a signal)."""
     ends = PROCESSES.Pipe()
     children = [PROCESSES.Process(target=_child, args=(work, rank, ends)) for rank in range(2)]
@@ -82,10 +84,10 @@ def on_two_processes(work: Callable[[Group], None]) -> list[int]:
         end.close()
     for child in children:
         child.join(60)
-    return [child.exitcode for child in children]
+    return [child.exitcode or 0 for child in children]
 
 
-def _child(work: Callable[[Group], None], rank: int, ends: tuple[Connection, Connection]) -> None:
+def _child(work: Callable[[Group], object], rank: int, ends: tuple[Connection, Connection]) -> None:
     torch.set_num_threads(1)
     ends[1 - rank].close()
     try:
@@ -104,8 +106,11 @@ def save(root: Path, tokens: int, group: Group, **options: Any) -> Path:
     """Commits `values_at(tokens)`, shared between the ranks."""
     values = values_at(tokens)
     items = simple_items(values, group.rank, group.size)
-    defaults = {"write": lambda folder: write_rank_files(folder, group.rank, items), "bytes_needed": 1000}
-    return commit(root, tokens, group, shapes=simple_shapes(values), extra={"tokens": tokens}, **defaults | options)
+    defaults: dict[str, Any] = {
+        "write": lambda folder: write_rank_files(folder, group.rank, items),
+        "bytes_needed": 1000,
+    }
+    return commit(root, tokens, group, shapes=simple_shapes(values), extra={"tokens": tokens}, **(defaults | options))
 
 
 def die_at(wanted: str) -> Callable[[str], None]:

@@ -28,7 +28,7 @@ def test_the_newest_are_kept(root: Path) -> None:
     assert left(root) == [4, 3]
     assert retain(root, 2) == []
     assert retain(root, 9) == []
-    with pytest.raises(ValueError, match=r"checkpoints.keep: 0, wants at least 1"):
+    with pytest.raises(ValueError, match=r"checkpoints.keep_last: 0, wants at least 1"):
         retain(root, 0)
 
 
@@ -45,6 +45,18 @@ def test_nothing_is_deleted_when_nothing_is_good(root: Path) -> None:
     for path in discover(root):
         (path / "manifest.json").write_text("")
     assert retain(root, 1) == []
+    assert left(root) == [4, 3, 2, 1]
+
+
+def test_what_cannot_be_deleted_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A permission changed by hand must not end a run whose new checkpoint is safe."""
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.warns(UserWarning, match=r"tokens-000000000002: cannot be deleted: Operation not permitted"):
+        assert retain(root, 2) == []
     assert left(root) == [4, 3, 2, 1]
 
 
