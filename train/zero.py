@@ -202,7 +202,6 @@ class Stage12(Stage):
         self.zero.micro_step_id = -1
         for group in range(len(self.homes())):
             self.zero.averaged_gradients[group] = None
-            self.zero.all_grad_tensors[group] = None
 
     def load_weights(self, fill: Fill) -> None:
         super().load_weights(fill)
