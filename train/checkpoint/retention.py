@@ -1,5 +1,6 @@
 """Retention: which checkpoints to keep, and deletion that a kill cannot leave half done."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,29 +11,37 @@ from train.checkpoint.transaction import PARTIAL, REPLACED, discover, leftovers,
 DELETING = ".deleting-"
 
 
-def retain(root: Path, keep: int, stage: Callable[[str], None] = lambda name: None) -> list[Path]:
-    """Deletes what is older than the newest `keep` good checkpoints; called on one rank, after a commit.
+def retain(root: Path, keep_last: int, stage: Callable[[str], None] = lambda name: None) -> list[Path]:
+    """Deletes what is older than the newest `keep_last` good checkpoints; called on one rank, after a commit.
 
     A checkpoint is good when its manifest is valid and its files have their sizes. Damaged ones count for nothing: the
     only good checkpoint is never deleted, nor is anything newer than it. stage: told the name of each step before it
-    is taken. Returns what was deleted.
+    is taken. Returns what was deleted; what cannot be is a warning, for the run is worth more than the room.
     """
-    if keep < 1:
-        raise ValueError(f"checkpoints.keep: {keep}, wants at least 1")
+    if keep_last < 1:
+        raise ValueError(f"checkpoints.keep_last: {keep_last}, wants at least 1")
     deleted, good = [], 0
     for path in discover(root):
-        if good >= keep:
-            stage("retire")
-            doomed = path.with_name(f"{DELETING}{path.name}")
-            remove_tree(doomed)
-            path.rename(doomed)
-            sync_folder(root)
-            stage("delete")
-            remove_tree(doomed)
+        if good >= keep_last:
+            try:
+                _delete(path, stage)
+            except OSError as error:
+                warnings.warn(f"{path}: cannot be deleted: {error.strerror}", stacklevel=2)
+                break
             deleted.append(path)
         elif _is_good(path):
             good += 1
     return deleted
+
+
+def _delete(path: Path, stage: Callable[[str], None]) -> None:
+    stage("retire")
+    doomed = path.with_name(f"{DELETING}{path.name}")
+    remove_tree(doomed)
+    path.rename(doomed)
+    sync_folder(path.parent)
+    stage("delete")
+    remove_tree(doomed)
 
 
 def sweep(root: Path) -> list[str]:

@@ -31,7 +31,7 @@ class Group(Protocol):
     @property
     def size(self) -> int: ...
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in the order of ranks."""
         ...
 
@@ -43,7 +43,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value]
 
     def barrier(self) -> None:
@@ -126,7 +126,7 @@ def agree(group: Group, what: str, action: Callable[[], T]) -> list[T]:
         # Whatever went wrong here, the other ranks wait for a verdict.
         fault = error
     text = None if fault is None else _describe(fault)
-    outcomes = group.all_gather_object((text, result))
+    outcomes = group.gather((text, result))
     faults = [(rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None]
     if faults:
         others = f" (and {len(faults) - 1} other ranks)" if len(faults) > 1 else ""
@@ -163,7 +163,7 @@ def open_newest(
     or when no older one is left, CheckpointError names the file.
     """
     group = group or Alone()
-    candidates = group.all_gather_object([path.name for path in discover(root)])[0]
+    candidates = group.gather([path.name for path in discover(root)])[0]
     fault = None
     for name in candidates:
 
