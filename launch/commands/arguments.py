@@ -9,6 +9,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="section.key=value",
         help="keys of the recipe to change; the value is TOML, as in training.tokens=2_000_000",
     )
