@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 from model.ops.backend import HALVES, Backend, choose
 from model.ops.blockwise import wide_dtype
 
-# causal-conv1d takes documents or a state, not both.
+# causal-conv1d takes documents or a state, not both; up to 4 taps; channels in eights.
 BACKENDS = (
     Backend("causal_conv1d", frozenset({"documents", "state"}), HALVES, module="causal_conv1d", device="cuda"),
-    Backend("torch", frozenset({"documents", "state", "documents with state", "any width"})),
-    Backend("reference", frozenset({"documents", "state", "documents with state", "any width"})),
+    Backend("torch", frozenset({"documents", "state", "documents with state", "any shape"})),
+    Backend("reference", frozenset({"documents", "state", "documents with state", "any shape"})),
 )
 BLOCK = 2**18  # elements at a time: what stays in a core's cache
 
@@ -46,7 +46,7 @@ def causal_conv(
     else:
         assert state.shape == (x.shape[0], k - 1, x.shape[2]), f"state has shape {tuple(state.shape)}"
         given = {"state": True, "documents with state": documents is not None}
-    given["any width"] = k > 4
+    given["any shape"] = k > 4 or x.shape[2] % 8 != 0
     needs = [name for name, wanted in given.items() if wanted]
     name = choose("conv", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
     if name == "reference":

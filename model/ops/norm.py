@@ -4,8 +4,8 @@
     gated_rms_norm(y, z) = rms_norm(y silu(z)), per group          (Mamba-2, arXiv 2405.21060)
     swiglu(g, u) = silu(g) u
 
-All of it is elementwise work on rows: in plain bfloat16 torch each op rounds, allocates and walks the whole tensor.
-Here rows go through in blocks that stay in the cache, in float32, and only inputs are saved.
+All of it is elementwise work on rows: in plain torch each op allocates and walks the whole tensor, and keeps it
+for backward. Here rows go through in blocks that stay in the cache, norms in float32, and only inputs are saved.
 
 Legend: n rows (all leading dimensions together), D width, M groups.
 """
@@ -46,7 +46,7 @@ def gated_rms_norm(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, elementwise, computed in float32: same shapes (..., D) -> gate's dtype."""
+    """silu(gate) up, elementwise, both (..., D): each of the two steps rounds to their dtype."""
     return _SwiGLU.apply(gate, up)
 
 
@@ -117,7 +117,7 @@ class _Norm(torch.autograd.Function):
             g = g * w
             along = (g * normal).mean(-1, keepdim=True)
             dh = g.addcmul_(normal, along, value=-1).mul_(r).view(-1, D)
-            if zs is not None:
+            if dz is not None:
                 if not ctx.norm_first:
                     d_gate, dh = dh * xb, dh * gate
                 dz.view(-1, D)[rows] = torch.ops.aten.silu_backward(d_gate, zb)
@@ -152,5 +152,5 @@ class _SwiGLU(torch.autograd.Function):
         for rows in _blocks(*gates.shape):
             g, d = gates[rows], dys[rows]
             torch.mul(F.silu(g), d, out=d_ups[rows])
-            d_gates[rows] = torch.ops.aten.silu_backward(d * ups[rows], g)
+            torch.ops.aten.silu_backward(d * ups[rows], g, grad_input=d_gates[rows])
         return d_gate, d_up

@@ -289,7 +289,7 @@ class _ChunkedSSD(torch.autograd.Function):
 
             torch.sum(torch.mul(d_dtx, c.x, out=product), -1, out=d_dt[:, span])
             d_dtx.mul_(c.dt)
-            if D is not None:
+            if D is not None and dD is not None:
                 d_dtx.addcmul_(d_out, D.view(*heads, 1))
                 dD += d_out.mul_(c.x).sum((0, 1, 4))
             dxg[:, span] = d_dtx
