@@ -4,28 +4,32 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 TORCH := torch==2.13.0
 LOCK := launch/requirements.txt
-READY := .venv/ready
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .PHONY: setup check test test-all quickstart clean
 
-setup: $(READY)
+setup: .venv/ready
 
 # A torch that is already here (a CUDA machine's, built for its driver, with the fused kernels built for it) is kept
 # and seen through the virtual environment; anywhere else the pinned one is installed first, alone.
-$(READY): $(LOCK) pyproject.toml
+.venv/installed: $(LOCK)
 	@test -n "$(PYTHON)" || { echo "make: Braid needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 2; }
-	rm -rf .venv
-	if $(PYTHON) launch/find_torch.py; then \
-		$(PYTHON) -m venv --system-site-packages .venv; \
+	@$(PYTHON) -m venv --clear --system-site-packages .venv
+	@if $(BIN)/python launch/find_torch.py; then \
+		echo "setup: using the torch that is here"; \
 	else \
-		$(PYTHON) -m venv .venv && $(PIP) install -q $(TORCH); \
+		echo "setup: installing $(TORCH) into .venv"; \
+		$(PYTHON) -m venv --clear .venv && $(PIP) $(TORCH); \
 	fi
-	$(PIP) install -q --no-deps --no-build-isolation -r $(LOCK)
-	$(PIP) install -q --no-deps --no-build-isolation -e .
-	touch $@
+	@echo "setup: installing the packages of $(LOCK)"
+	@$(PIP) --no-deps --no-build-isolation -r $(LOCK)
+	@touch $@
+
+.venv/ready: .venv/installed pyproject.toml
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .

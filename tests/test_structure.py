@@ -37,6 +37,10 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+TOP_LEVEL = {*ARROWS, "tests", "pyproject.toml", "README.md", "Makefile", "LICENSE"}
+"""What may lie at the top, besides files and folders whose name begins with a dot."""
+
+
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
@@ -108,6 +112,15 @@ def test_nothing_forbidden_appears():
         text = path.read_text(encoding="utf-8")
         found = [word for word in FORBIDDEN if word in text]
         assert not found, f"{path.relative_to(ROOT)} contains {found}"
+
+
+def test_the_top_level_is_fixed():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout: build products cannot be told from sources")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    top = {name.partition("/")[0] for name in files}
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
 
 
 def test_every_folder_is_a_package():

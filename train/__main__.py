@@ -13,6 +13,8 @@ from pathlib import Path
 from train.mistakes import describe
 from train.stop import EXIT_UNHEALTHY, EXIT_USER_ERROR
 
+EXIT_FAULT = 1
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains or resumes; returns the exit code, as `train.stop` names them."""
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_UNHEALTHY
     except Exception as error:
         line = describe(error)
+        if line is None and _explained():
+            return EXIT_FAULT
         if line is None:
             raise
         _report(line)
@@ -48,6 +52,12 @@ def _report(message: str) -> None:
         Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
     elif os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
+
+
+def _explained() -> bool:
+    """Whether another rank has said why the run ends, so that what this one ran into is a consequence."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return bool(report) and any(Path(report).parents[1].glob("*/error.json"))
 
 
 def _die_with_launcher() -> None:

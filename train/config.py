@@ -9,7 +9,7 @@ ConfigError: one line with the file, the key, what it got, what it wants and the
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class TrainingConfig:
     checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them (less memory,
     about a third more time). compute_dtype: of matmuls, convolutions and attention. residual_dtype: of the residual
     stream. reduce_dtype: of gradient sums over ranks.
+    backends: op -> backend, for ops that should not choose by themselves, e.g. ssd = "torch" (see model/ops).
     """
 
     tokens: int
@@ -51,6 +52,7 @@ class TrainingConfig:
     compute_dtype: DType = "bfloat16"
     residual_dtype: DType = "float32"
     reduce_dtype: DType = "float32"
+    backends: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("tokens", "sequence_length", "rows_per_step", "micro_batch_rows", "nonfinite_limit"):

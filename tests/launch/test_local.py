@@ -32,6 +32,24 @@ _report("training.tokens: got 0, wants a positive integer")
 sys.exit(2)
 """
 
+ONE_FAILS = """
+import os, signal, sys, types
+from train import __main__ as rank
+
+if os.environ["RANK"] == "0":
+    rank._report("runs/x: in use")
+    sys.exit(2)
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.pause()
+
+def fails(*_):
+    raise RuntimeError("connection closed by peer")
+
+sys.modules["train.config"] = types.SimpleNamespace(load_recipe=fails)
+sys.modules["train.loop"] = types.SimpleNamespace(train=None)
+sys.exit(rank.main(["recipe"]))
+"""
+
 
 def start(script: str, folder: Path) -> subprocess.Popen[str]:
     """Two ranks of `script` under a launcher of their own."""
@@ -77,6 +95,14 @@ def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path):
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, "")
     assert errors == "braid: error: training.tokens: got 0, wants a positive integer\n"
+
+
+def test_a_rank_that_fails_because_another_did_is_silent(tmp_path: Path):
+    """Rank 0 alone finds the mistake; rank 1 loses its connection, and its traceback would hide the reason."""
+    process = start(ONE_FAILS, tmp_path)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors == "braid: error: runs/x: in use\n"
 
 
 def test_a_killed_rank_ends_the_run_with_the_shells_code(tmp_path: Path):
