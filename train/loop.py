@@ -23,6 +23,7 @@ def train(recipe: Recipe) -> int:
     with open_run(recipe) as run:
         while not run.finished:
             run.metrics.step(train_step(run))
+            run.announce_backends()
             stopping = run.stop_asked()
             if run.due(recipe.evaluation.every_tokens) and not (stopping or run.finished):
                 validate(run)

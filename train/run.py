@@ -15,6 +15,7 @@ import torch
 from data.prepare import PreparedData, open_prepared
 from data.stream import BatchStream
 from model.hybrid import HybridLM, initialise_model, parameter_count
+from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
 from train.checkpoint.capture import restore
 from train.checkpoint.store import Store
@@ -55,6 +56,7 @@ class Run:
     stop: StopRequest
     peak: Peak
     clock: Clock
+    backends: dict[str, str] | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,6 +81,13 @@ class Run:
         if asked:
             self.metrics.event("stopping", step=self.clock.step, signal=self.stop.signal)
         return asked
+
+    def announce_backends(self) -> None:
+        """Says once, after the first step, which implementation each op has chosen."""
+        if self.backends is None:
+            self.backends = chosen()
+            self.metrics.event("backends", **self.backends)
+            self.metrics.say("ops: " + ", ".join(f"{op} by {names}" for op, names in self.backends.items()))
 
     def save(self) -> None:
         """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
@@ -108,6 +117,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         lock = stack.enter_context(RunLock(recipe.folder)) if mesh.main else None
         mesh.barrier()
         stream = _open_stream(recipe, data, mesh)
+        request(recipe.training.backends)
         model = HybridLM(
             recipe.model, recipe.training.precision, recompute=recipe.training.checkpoint_blocks, mesh=mesh
         )

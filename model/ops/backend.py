@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+OPS = ("ssd", "conv", "attention")
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -55,8 +56,12 @@ _chosen: dict[str, set[str]] = {}
 def request(backends: Mapping[str, str]) -> None:
     """Set the backend per op for this process ("auto" or a name), as a recipe does at its start.
 
-    Names are checked by the op that uses them (`choose`); an op that is not named keeps "auto".
+    An op that is not named keeps "auto". Raises ValueError for an op that has no backends to choose from; the names of
+    backends are checked by the op that uses them (`choose`).
     """
+    for op in backends:
+        if op not in OPS:
+            raise ValueError(f"backends: got {op!r}, wants ops among {', '.join(OPS)}")
     _requested.clear()
     _requested.update(backends)
 
