@@ -1,1 +1,1 @@
-"""What a model reads: sources, tokenizers, token shards and batches."""
+"""What a run reads: sources, tokenizer, token shards, the order of data and batches. Imports no sibling package."""
