@@ -38,12 +38,6 @@ def sample(run: Path, prompt: str, max_tokens: int, temperature: float, top_p: f
     """Yields the continuation of `prompt` in pieces of text."""
     model, tokenizer, _ = load_run(run, Precision(torch.bfloat16, torch.float32))
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    shown, produced = "", []
-    for (token,) in generate(model, [ids], max_tokens, Sampling(temperature, top_p), stop=tokenizer.eos, seed=seed):
-        if token is None:
-            return
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
+    steps = generate(model, [ids], max_tokens, Sampling(temperature, top_p), stop=tokenizer.eos, seed=seed)
+    produced = (step[0] for step in steps)
+    yield from tokenizer.stream(token for token in produced if token is not None)

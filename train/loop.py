@@ -4,9 +4,10 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.stream import Batch, combine, row_digests
-from eval.perplexity import Perplexity, evaluate
+from eval.perplexity import Perplexity, chosen_documents, compressed, evaluate
 from model.context import Documents, NoiseKey
 from model.hybrid import ModelOutput, forward_flops
 from train.config import Recipe
@@ -32,7 +33,7 @@ def train(recipe: Recipe) -> int:
             if stopping and not run.finished:
                 run.metrics.say(f"stopped after step {run.clock.step} and saved; the same command resumes")
                 return EXIT_STOPPED
-        report(run, validate(run))
+        finish(run)
     return EXIT_DONE
 
 
@@ -112,9 +113,15 @@ def mean_forward_flops(run: Run, batches: list[Batch]) -> float:
 @torch.no_grad()
 def validate(run: Run) -> Perplexity:
     """Loss and bits per byte of the held-out documents, the same on every number of ranks."""
+
+    def nll(batch: Batch) -> Tensor:
+        out = forward(run, batch)
+        assert out.nll is not None
+        return out.nll
+
     run.engine.module.eval()
     result = evaluate(
-        lambda batch: forward(run, batch).nll.cpu(),
+        nll,
         run.data.validation,
         sequence_length=run.recipe.training.sequence_length,
         rows=run.recipe.training.micro_batch_rows,
@@ -124,10 +131,29 @@ def validate(run: Run) -> Perplexity:
         all_reduce=run.mesh.sum_,
     )
     run.engine.module.train()
+    clock, bits = run.clock, result.bits_per_byte
+    run.metrics.event("validation", step=clock.step, tokens=clock.tokens, loss=result.loss, bits_per_byte=bits)
+    run.metrics.say(f"step {clock.step}: validation loss {result.loss:.4f}, {bits:.3f} bits per byte")
+    return result
+
+
+def finish(run: Run) -> None:
+    """The last validation, beside what general compressors make of the same text."""
+    result = validate(run)
+    if not run.mesh.main:
+        return
+    shards = run.data.validation
+    yardstick = compressed(shards, chosen_documents(shards, run.recipe.evaluation.max_tokens))
+    zlib, xz = yardstick.zlib_bits_per_byte, yardstick.xz_bits_per_byte
     run.metrics.event(
-        "validation", step=run.clock.step, tokens=run.clock.tokens, loss=result.loss, bits_per_byte=result.bits_per_byte
+        "finished",
+        step=run.clock.step,
+        loss=result.loss,
+        bits_per_byte=result.bits_per_byte,
+        zlib_bits_per_byte=zlib,
+        xz_bits_per_byte=xz,
     )
     run.metrics.say(
-        f"step {run.clock.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+        f"held-out text, {result.documents} documents of {result.bytes:,} bytes: {result.bits_per_byte:.3f} bits per "
+        f"byte; zlib -9 needs {zlib:.3f}, xz -9 {xz:.3f}"
     )
-    return result
