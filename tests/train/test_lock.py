@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ def hold(folder: Path) -> tuple[Any, Connection]:
             theirs.send("locked")
             theirs.recv()
 
-    child = PROCESSES.Process(target=work)
+    child = PROCESSES.Process(target=work, daemon=True)
     child.start()
     assert mine.recv() == "locked"
     return child, mine
@@ -165,27 +166,25 @@ def test_of_many_takers_one_wins(tmp_path: Path) -> None:
     takers = 8
     for _ in range(5):
         pretend(tmp_path, started=1)
-        barrier, results = PROCESSES.Barrier(takers), PROCESSES.SimpleQueue()
-        done = PROCESSES.Barrier(takers)
+        begin, end = PROCESSES.Barrier(takers), PROCESSES.Barrier(takers)
 
-        def work(barrier: Any = barrier, done: Any = done, results: Any = results) -> None:
-            lock = RunLock(tmp_path)
-            barrier.wait(30)
+        def work(begin: Any = begin, end: Any = end) -> None:
+            lock, code = RunLock(tmp_path), 0
+            begin.wait(30)
             try:
                 lock.acquire()
-                results.put("won")
             except RunLocked:
-                results.put("lost")
-            done.wait(30)
+                code = 3
+            end.wait(30)
             lock.release()
+            os._exit(code)
 
-        children = [PROCESSES.Process(target=work) for _ in range(takers)]
+        children = [PROCESSES.Process(target=work, daemon=True) for _ in range(takers)]
         for child in children:
             child.start()
-        outcomes = sorted(results.get() for _ in children)
         for child in children:
-            child.join()
-        assert outcomes == ["lost"] * (takers - 1) + ["won"]
+            child.join(60)
+        assert sorted(child.exitcode or 0 for child in children) == [0] + [3] * (takers - 1)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -209,6 +208,21 @@ def test_a_taker_that_is_overtaken_finds_the_new_owner(tmp_path: Path, monkeypat
     assert owner_in(tmp_path)["pid"] == child.pid
     pipe.send("end")
     child.join()
+
+
+def test_a_second_taker_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the verdict that the owner is dead and the rename, nobody else may come to the same verdict."""
+    pretend(tmp_path, started=1)
+    real = RunLock._why_dead
+
+    def observed(self: RunLock, fd: int, me: Owner, now: float) -> str:
+        with (tmp_path / "lock.json").open() as second, pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return real(self, fd, me, now)
+
+    monkeypatch.setattr(RunLock, "_why_dead", observed)
+    with RunLock(tmp_path) as lock:
+        assert lock.taken_from is not None
 
 
 def test_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,18 +148,23 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("corrupt", "message"),
+    ("place", "corrupt", "message"),
     [
-        (lambda data: data[:-1], "bytes after writing"),
-        (lambda data: bytes([data[0] ^ 4]) + bytes(data[1:]), "reads back"),
+        ("data", lambda data: data[:-1], "bytes after writing"),
+        ("data", lambda data: bytes([data[0] ^ 4, *data[1:]]), "reads back CRC-32"),
+        ("header", lambda data: bytes([*data[:50], data[50] ^ 4, *data[51:]]), "reads back another header"),
     ],
 )
 def test_bytes_lost_or_changed_on_the_way_to_the_disk_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrupt, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, corrupt: Callable[[memoryview], bytes], message: str
 ) -> None:
     """The hash must be of what is on the disk and compared with what was meant, not of memory alone."""
-    real = writer_module.write_fully
-    monkeypatch.setattr(writer_module, "write_fully", lambda fd, data: real(fd, memoryview(corrupt(data))))
+    real, sizes = writer_module.write_fully, {"data": VALUES["a"].numel() * 4, "header": writer_module.OVERHEAD_BYTES}
+
+    def write(fd: int, data: memoryview) -> None:
+        real(fd, memoryview(corrupt(data)) if len(data) == sizes[place] else data)
+
+    monkeypatch.setattr(writer_module, "write_fully", write)
     with pytest.raises(CheckpointError, match=message):
         write_rank_files(tmp_path, 0, simple_items({"a": VALUES["a"]}))
 

@@ -77,7 +77,7 @@ def on_threads(size: int, work: Callable[[Group], Any]) -> list[Any]:
 def on_two_processes(work: Callable[[Group], object]) -> list[int]:
     """Runs `work` on two forked processes; returns their exit codes (negative for a signal)."""
     ends = PROCESSES.Pipe()
-    children = [PROCESSES.Process(target=_child, args=(work, rank, ends)) for rank in range(2)]
+    children = [PROCESSES.Process(target=_child, args=(work, rank, ends), daemon=True) for rank in range(2)]
     for child in children:
         child.start()
     for end in ends:

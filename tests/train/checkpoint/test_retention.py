@@ -60,6 +60,14 @@ def test_what_cannot_be_deleted_is_a_warning(root: Path, monkeypatch: pytest.Mon
     assert left(root) == [4, 3, 2, 1]
 
 
+def test_an_earlier_unfinished_deletion_is_no_obstacle(root: Path) -> None:
+    """A run without a sweep in between must still be able to delete a checkpoint of the same name."""
+    (root / f".deleting-{name_of(1)}").mkdir()
+    (root / f".deleting-{name_of(1)}" / "rest").write_text("")
+    assert retain(root, 3) == [root / name_of(1)]
+    assert leftovers(root) == []
+
+
 def test_links_are_never_followed(root: Path, tmp_path: Path) -> None:
     """A linked data set inside, or a linked checkpoint, must not lose its target's files."""
     precious = tmp_path / "precious"
