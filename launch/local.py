@@ -85,10 +85,16 @@ def run_ranks(command: Sequence[str], nproc: int) -> int:
 
 def _report(failures: Any) -> int:
     """Prints the one line of the first rank that explained itself; returns the exit code of the first that failed."""
-    first = min(failures, key=lambda failure: (failure.error_file == "<N/A>", failure.timestamp, failure.local_rank))
+    first = min(failures, key=_blame)
     if isinstance(first.message, dict):
         print(first.message["message"], file=sys.stderr)
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+def _blame(failure: Any) -> tuple[bool, bool, int, int]:
+    """Orders failures: explained ones first, ranks that the agent terminated because of another's failure last."""
+    explained = isinstance(failure.message, dict)
+    return not explained, failure.exitcode == -signal.SIGTERM, failure.timestamp, failure.local_rank
 
 
 @contextmanager

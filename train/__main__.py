@@ -14,6 +14,7 @@ from train.mistakes import describe
 from train.stop import EXIT_UNHEALTHY, EXIT_USER_ERROR
 
 EXIT_FAULT = 1
+WAIT_FOR_REASON_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,9 +56,19 @@ def _report(message: str) -> None:
 
 
 def _explained() -> bool:
-    """Whether another rank has said why the run ends, so that what this one ran into is a consequence."""
+    """Whether another rank says why the run ends, so that what this one ran into is a consequence.
+
+    A rank that leaves closes its connections, which is what this one noticed, before it has said why.
+    """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return bool(report) and any(Path(report).parents[1].glob("*/error.json"))
+    if not report or "BRAID_LAUNCHER" not in os.environ:
+        return False
+    deadline = time.monotonic() + WAIT_FOR_REASON_S
+    while time.monotonic() < deadline:
+        if any(Path(report).parents[1].glob("*/error.json")):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _die_with_launcher() -> None:
