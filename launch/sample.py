@@ -10,7 +10,7 @@ from model.generate import Sampling, generate
 from model.hybrid import HybridLM, Precision
 from model.load import load_model
 from model.weights.reader import Checkpoint
-from train.checkpoint.transaction import newest_valid
+from train.checkpoint.transaction import open_newest
 
 
 def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, Tokenizer, Checkpoint]:
@@ -20,10 +20,10 @@ def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, T
     """
     if not run.is_dir():
         raise ValueError(f"run: {run} is no folder, wants a run such as runs/quickstart")
-    found = run if (run / "manifest.json").exists() else newest_valid(run / "checkpoints")
-    if found is None:
+    single = (run / "manifest.json").exists()
+    checkpoint = Checkpoint(run) if single else open_newest(run / "checkpoints")
+    if checkpoint is None:
         raise ValueError(f"run: {run} holds no checkpoint yet, wants one saved by braid train")
-    checkpoint = Checkpoint(found)
     tokenizer = load_tokenizer(Path(checkpoint.extra["tokenizer"]["path"]))
     if tokenizer.sha256 != checkpoint.extra["tokenizer"]["sha256"]:
         raise ValueError(

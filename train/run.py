@@ -91,6 +91,8 @@ class Run:
 
     def save(self) -> None:
         """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
+        if self.lock is not None:
+            self.lock.confirm()
         folder = self.store.save(self.engine, self.clock.tokens, self._extra())
         self.metrics.event("saved", step=self.clock.step, checkpoint=folder.name)
 

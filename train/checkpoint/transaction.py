@@ -235,7 +235,7 @@ def _check_space(root: Path, needed: int, stage: Callable[[str], None]) -> None:
     free = stats.f_bavail * stats.f_frsize
     if free < needed:
         raise CheckpointError(
-            f"{root}: {free / 2**30:.3f} GiB free, the checkpoint needs {needed / 2**30:.3f} GiB; "
+            f"{root}: {free / 2**20:,.1f} MiB free, the checkpoint needs {needed / 2**20:,.1f} MiB; "
             "make room or keep fewer checkpoints"
         )
 
