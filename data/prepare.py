@@ -139,7 +139,7 @@ def open_prepared(config: DataConfig, verify: bool = True) -> PreparedData:
     folder = Path(config.path)
     if not (folder / MANIFEST).is_file():
         raise DataError(f"data.path: {folder} holds no prepared data, wants a folder that `braid prepare` has finished")
-    _check_settings(Manifest.read(folder).settings, _settings(config), folder)
+    _check_finished(config, folder)
     prepared = PreparedData(folder, *(ShardSet(folder, split) for split in SPLITS))
     if verify:
         prepared.train.verify()
@@ -155,7 +155,7 @@ def report(prepared: PreparedData, log: Log) -> None:
     tokens = sum(split.tokens for split in manifest.splits.values())
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest.skipped.items())) or "none"
     log(f"corpus {manifest.corpus_sha256[:16]}: {documents:,} documents, {text_bytes:,} bytes; skipped: {skipped}")
-    log(f"tokens {tokens:,} ({text_bytes / (tokens - 2 * documents):.2f} bytes per token, begin and end aside)")
+    log(f"tokens {tokens:,} ({text_bytes / max(1, tokens - 2 * documents):.2f} bytes per token, begin and end aside)")
     for name, split in manifest.splits.items():
         log(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes:,} bytes")
     if manifest.inexact:
@@ -168,11 +168,12 @@ def report(prepared: PreparedData, log: Log) -> None:
     log(f"{prepared.folder}: ready, fingerprint {manifest.fingerprint[:16]}")
 
 
-def _settings(config: DataConfig) -> dict[str, Any]:
-    """All that decides the prepared data, as plain values (a given tokenizer by its hash)."""
-    tokenizer = asdict(config.tokenizer)
-    if config.tokenizer.model is not None:
+def _settings(config: DataConfig, tokenizer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All that decides the prepared data, as plain values: a given tokenizer by its hash, or as in `tokenizer`."""
+    if tokenizer is None and config.tokenizer.model is not None:
         tokenizer = {"model_sha256": sha256_of(Path(config.tokenizer.model))}
+    elif tokenizer is None:
+        tokenizer = asdict(config.tokenizer)
     source = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config.source).items()}
     return {
         "source": source,
@@ -192,6 +193,15 @@ def _check_settings(before: dict[str, Any], now: dict[str, Any], folder: Path) -
             )
 
 
+def _check_finished(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """The settings of a finished folder, which are those of `config`."""
+    settings = Manifest.read(folder).settings
+    model = config.tokenizer.model
+    gone = model is not None and not Path(model).exists()  # the folder has its own copy
+    _check_settings(settings, _settings(config, settings["tokenizer"] if gone else None), folder)
+    return settings
+
+
 def _check_listing(before: dict[str, Any], listing: str, folder: Path) -> None:
     if before["listing"] != listing:
         raise DataError(
@@ -208,8 +218,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _recognise(config: DataConfig, folder: Path, log: Log) -> PreparedData:
-    settings = Manifest.read(folder).settings
-    _check_settings(settings, _settings(config), folder)
+    settings = _check_finished(config, folder)
     try:
         listing = config.source.listing()
     except DataError:

@@ -11,6 +11,7 @@ A record's place in that order is its number, so that reading can go on at `reco
 import gzip
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,11 @@ class PythonStdlib:
 
     def _files(self) -> tuple[Path, list[str]]:
         root = Path(sysconfig.get_paths()["stdlib"])
-        foreign = {"site-packages", "dist-packages", "__pycache__"}
-        return root, [name for name in _find(root, ("**/*.py",)) if foreign.isdisjoint(name.split("/"))]
+        found: list[str] = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = set(folders) - {"site-packages", "dist-packages", "__pycache__"}
+            found += [Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+        return root, sorted(found)
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class HFDataset:
                 if self.split not in found:
                     raise ValueError(f"split {self.split!r} is not among {', '.join(found)}")
                 found = found[self.split]
-            return found
+            return found.to_iterable_dataset()
         except Exception as error:  # anything may come out of a reader of so many formats
             raise DataError(f"data.source: {self.path} cannot be opened: {_one_line(error)}") from None
 

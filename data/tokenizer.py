@@ -29,7 +29,7 @@ SEGMENT_CHARS = 16 << 10
 LONGEST_SEGMENT_CHARS = 1 << 20
 """Where a text offers no such place for so long, it is cut anyway."""
 
-GROUP_CHARS = 8 << 20
+GROUP_CHARS = 2 << 20
 """How much text is encoded at a time, to bound memory."""
 
 GROUP_IDS = 1 << 20
