@@ -100,10 +100,11 @@ class _Work:
 
     def encode(self, batch: list[Document]) -> None:
         plan, tokenizer = self._plan, self._plan.tokenizer
+        begin, end = np.array([tokenizer.bos], np.int32), np.array([tokenizer.eos], np.int32)
         encoded = tokenizer.encode_batch([document.text for document in batch], plan.workers)
         for document, ids in zip(batch, encoded, strict=True):
             split = "validation" if held_out(document.text, plan.validation_fraction) else "train"
-            self._writer(split).add(np.concatenate([[tokenizer.bos], ids, [tokenizer.eos]]))
+            self._writer(split).add(np.concatenate([begin, ids, end]))
             self._text_bytes[split] += len(document.text)
             self._inexact += split == "validation" and tokenizer.decode_bytes(ids) != document.text
             self._corpus = hashlib.sha256(self._corpus + hashlib.sha256(document.text).digest()).digest()
