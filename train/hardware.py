@@ -41,8 +41,12 @@ def device_peak(device: torch.device) -> Peak:
             model = max(known, key=len)
             return Peak(DATASHEET_FLOPS[model], f"data sheet of {model}")
     flops = measured_matmul_flops(device)
-    return Peak(flops, f"measured bf16 matmul on {torch.get_num_threads()} threads" if device.type == "cpu" else
-                "measured bf16 matmul")
+    return Peak(
+        flops,
+        f"measured bf16 matmul on {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else "measured bf16 matmul",
+    )
 
 
 def measured_matmul_flops(device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:

@@ -139,6 +139,7 @@ def validate(run: Run) -> Perplexity:
 
 def finish(run: Run) -> None:
     """The last validation, beside what general compressors make of the same text."""
+    run.metrics.close_bar()
     result = validate(run)
     if not run.mesh.main:
         return

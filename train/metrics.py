@@ -68,6 +68,12 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
+    def close_bar(self) -> None:
+        """The steps are done; what is said from here on stands below the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def _open_bar(self) -> tqdm:
         """On a terminal it moves twice a second; in a log file a line is written every ten seconds."""
         interval = 0.5 if sys.stderr.isatty() else 10.0
@@ -102,8 +108,7 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.close_bar()
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 

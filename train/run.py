@@ -23,7 +23,7 @@ from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health
-from train.lock import RunLock
+from train.lock import RunLock, RunLocked
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
 from train.stop import StopRequest
@@ -116,8 +116,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         recipe.check_ranks(mesh.size)
         data = open_prepared(recipe.data)
         data.check_vocabulary(recipe.model.vocab_size)
-        lock = stack.enter_context(RunLock(recipe.folder)) if mesh.main else None
-        mesh.barrier()
+        lock = _lock(recipe, mesh, stack)
         stream = _open_stream(recipe, data, mesh)
         request(recipe.training.backends)
         model = HybridLM(
@@ -154,6 +153,20 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         )
         _announce(run, checkpoint)
         yield run
+
+
+def _lock(recipe: Recipe, mesh: Mesh, stack: ExitStack) -> RunLock | None:
+    """Takes the run folder's lock on rank 0; when it is refused, every rank says so."""
+    lock, refusal = None, None
+    if mesh.main:
+        try:
+            lock = stack.enter_context(RunLock(recipe.folder))
+        except ValueError as error:
+            refusal = str(error)
+    refusal = mesh.gather(refusal)[0]
+    if refusal is not None:
+        raise RunLocked(refusal)
+    return lock
 
 
 def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
@@ -194,7 +207,7 @@ def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:
         )
     return Metrics(
         recipe.folder if mesh.main else None,
-        total_tokens=recipe.training.tokens,
+        total_tokens=-(-recipe.training.tokens // recipe.training.tokens_per_step) * recipe.training.tokens_per_step,
         done_tokens=clock.tokens,
         step=clock.step,
         wandb=wandb,

@@ -11,7 +11,7 @@ EXIT_STOPPED = 75
 EXIT_UNHEALTHY = 76
 """Training stopped itself: too many updates in a row were not finite."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
