@@ -5,6 +5,7 @@ the file is always the record of one uninterrupted curve; what happened to the r
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -17,9 +18,11 @@ from tqdm import tqdm
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line in one write, so that a kill leaves at most an unfinished last line."""
+    """Adds one line in one write, so that a kill leaves at most an unfinished last line. Numbers that are not finite
+    become null: JSON has no others."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

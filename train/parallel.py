@@ -4,6 +4,7 @@ Every rank is a data-parallel rank; tensor parallelism has size 1, so the collec
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
@@ -57,6 +58,24 @@ class Mesh:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` on rank 0 alone; returns its result there and None elsewhere.
+
+        A ValueError of rank 0 is raised on every rank, so that all end with the same words and none waits.
+        """
+        result, refusal = None, None
+        if self.main:
+            try:
+                result = action()
+            except ValueError as error:
+                refusal = error
+        text = self.gather(None if refusal is None else str(refusal))[0]
+        if refusal is not None:
+            raise refusal
+        if text is not None:
+            raise ValueError(text)
+        return result
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""

@@ -23,7 +23,7 @@ from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health
-from train.lock import RunLock, RunLocked
+from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
 from train.stop import StopRequest
@@ -114,9 +114,10 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         stop = stack.enter_context(StopRequest())
         mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
         recipe.check_ranks(mesh.size)
-        data = open_prepared(recipe.data)
+        mesh.first(lambda: open_prepared(recipe.data, verify=True))
+        data = open_prepared(recipe.data, verify=False)
         data.check_vocabulary(recipe.model.vocab_size)
-        lock = _lock(recipe, mesh, stack)
+        lock = mesh.first(lambda: stack.enter_context(RunLock(recipe.folder)))
         stream = _open_stream(recipe, data, mesh)
         request(recipe.training.backends)
         model = HybridLM(
@@ -153,20 +154,6 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         )
         _announce(run, checkpoint)
         yield run
-
-
-def _lock(recipe: Recipe, mesh: Mesh, stack: ExitStack) -> RunLock | None:
-    """Takes the run folder's lock on rank 0; when it is refused, every rank says so."""
-    lock, refusal = None, None
-    if mesh.main:
-        try:
-            lock = stack.enter_context(RunLock(recipe.folder))
-        except ValueError as error:
-            refusal = str(error)
-    refusal = mesh.gather(refusal)[0]
-    if refusal is not None:
-        raise RunLocked(refusal)
-    return lock
 
 
 def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:

@@ -21,6 +21,24 @@ def talk() -> dict:
         }
 
 
+def act_on_the_first_rank() -> tuple:
+    from train.parallel import open_mesh
+
+    def refuse() -> None:
+        raise ValueError(f"refused by rank {mesh.rank}")
+
+    with open_mesh("cpu", timeout_s=60) as mesh:
+        done = mesh.first(lambda: f"by rank {mesh.rank}")
+        with pytest.raises(ValueError, match="refused") as error:
+            mesh.first(refuse)
+        return done, str(error.value)
+
+
+def test_what_the_first_rank_refuses_all_refuse():
+    """A rank that does not hear of it waits for the others until the timeout."""
+    assert run_ranks(act_on_the_first_rank, 2) == [("by rank 0", "refused by rank 0"), (None, "refused by rank 0")]
+
+
 def fail_on_one_rank() -> None:
     import os
 

@@ -1,0 +1,67 @@
+"""The loop under a fault: a gradient that is not finite, on one rank of two, through the whole of `train()`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train.runs import ROOT, braid, curve, events, write_corpus
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    write_corpus(folder / "corpus")
+    braid("prepare", "tiny", cwd=folder)
+    return folder
+
+
+def train_poisoned(folder: str, name: str, poisoned: list[int], overrides: list[str]) -> str:
+    """`train()` with the loss of rank 1 made NaN at some steps; returns how it ended."""
+    from train import loop
+    from train.config import load_recipe
+    from train.health import TrainingHealthError
+
+    os.chdir(folder)
+    clean = loop.forward
+
+    def forward(run, batch):
+        out = clean(run, batch)
+        spoil = run.mesh.rank == 1 and run.clock.step + 1 in poisoned and run.engine.module.training
+        return out._replace(nll=out.nll * float("nan")) if spoil else out
+
+    loop.forward = forward
+    recipe = load_recipe(
+        ROOT / "launch/recipes/tiny.toml", [f"name={name}", f"training.tokens={STEPS * 512}", *overrides]
+    )
+    try:
+        return f"exit {loop.train(recipe)}"
+    except TrainingHealthError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_nan_on_one_rank_skips_the_step_on_all(workplace: Path, stage: int) -> None:
+    """The step is logged and skipped, and training goes on; no weight has seen the NaN, or every later loss would."""
+    name = f"poisoned-{stage}"
+    ends = run_ranks(train_poisoned, 2, str(workplace), name, [3], [f"parallel.zero_stage={stage}"])
+    assert ends == ["exit 0", "exit 0"]
+    lines = curve(workplace / "runs" / name)
+    assert [line["updated"] for line in lines] == [True, True, False, True, True, True]
+    assert [line["loss"] is None for line in lines] == [False, False, True, False, False, False]
+    assert lines[2]["grad_norm"] is None
+    assert lines[5]["loss"] < lines[0]["loss"]
+    (event,) = events(workplace / "runs" / name, "update_skipped")
+    assert (event["step"], event["grad_norm"]) == (3, "nan")
+
+
+def test_too_many_in_a_row_end_the_run(workplace: Path) -> None:
+    """Going on would only burn the budget; the message says at which step and where to look."""
+    limit = "training.nonfinite_limit=3"
+    ends = run_ranks(train_poisoned, 2, str(workplace), "hopeless", [2, 3, 4, 5, 6], [limit])
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("step 4: gradient norm is nan, and 3 updates in a row were skipped")
+    assert [line["updated"] for line in curve(workplace / "runs" / "hopeless")] == [True, False, False]
