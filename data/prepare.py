@@ -96,6 +96,11 @@ class PreparedData:
     def tokenizer_sha256(self) -> str:
         return self.manifest.tokenizer.sha256
 
+    def verify(self, rank: int = 0, size: int = 1) -> None:
+        """Reads and hashes every file, or this rank's share of them. Raises DataError naming a damaged one."""
+        self.train.verify(rank, size)
+        self.validation.verify(rank, size)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError unless a model with `vocab_size` tokens can read the data."""
         if vocab_size < self.train.vocab_size:
@@ -142,8 +147,7 @@ def open_prepared(config: DataConfig, verify: bool = True) -> PreparedData:
     _check_finished(config, folder)
     prepared = PreparedData(folder, *(ShardSet(folder, split) for split in SPLITS))
     if verify:
-        prepared.train.verify()
-        prepared.validation.verify()
+        prepared.verify()
     return prepared
 
 

@@ -195,10 +195,11 @@ class ShardSet:
         """What the tokens of documents spell."""
         return [tokenizer.decode_bytes(self.tokens(int(document))) for document in documents]
 
-    def verify(self) -> None:
-        """Reads every file. Raises DataError naming the one that is not what the manifest says."""
+    def verify(self, rank: int = 0, size: int = 1) -> None:
+        """Reads every file, or this rank's share of them. Raises DataError naming the one that is not what the manifest
+        says."""
         self._check_tokenizer()
-        pairs = zip(self._readers, self.record.files, strict=True)
+        pairs = list(zip(self._readers, self.record.files, strict=True))[rank::size]
         with ThreadPoolExecutor(4) as pool:
             for done in [pool.submit(reader.check_against, file, self.vocab_size) for reader, file in pairs]:
                 done.result()

@@ -109,7 +109,8 @@ def _forwarded_signals() -> Iterator[None]:
         if not ranks:
             sys.exit(128 + number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    heard = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield
     finally:

@@ -24,11 +24,12 @@ def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, T
     checkpoint = Checkpoint(run) if single else open_newest(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"run: {run} holds no checkpoint yet, wants one saved by braid train")
-    tokenizer = load_tokenizer(Path(checkpoint.extra["tokenizer"]["path"]))
-    if tokenizer.sha256 != checkpoint.extra["tokenizer"]["sha256"]:
+    saved = checkpoint.extra["tokenizer"]
+    path = checkpoint.folder.parents[1] / saved["file"]
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != saved["sha256"]:
         raise ValueError(
-            f"tokenizer: {checkpoint.extra['tokenizer']['path']} has SHA-256 {tokenizer.sha256[:12]}, "
-            f"the run was trained with {checkpoint.extra['tokenizer']['sha256'][:12]}"
+            f"tokenizer: {path} has SHA-256 {tokenizer.sha256[:12]}, the run was trained with {saved['sha256'][:12]}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(checkpoint, precision, device), tokenizer, checkpoint

@@ -33,6 +33,7 @@ class ModelConfig:
         require(self.vocab_size > 0, "vocab_size", self.vocab_size, "a positive number")
         require(self.d_model > 0, "d_model", self.d_model, "a positive number")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        require(self.embedding_std > 0, "embedding_std", self.embedding_std, "a positive number")
         require(self.init_std is None or self.init_std > 0, "init_std", self.init_std, "a positive number, or none")
         for letter, layer in self.layers.items():
             check_letter(letter)

@@ -43,7 +43,8 @@ class Documents:
 class NoiseKey:
     """Randomness of a step as a pure function of (seed, step, layer, global sample, position).
 
-    samples: (B,) int64, the global index of each row, so that noise does not depend on how rows are dealt to ranks.
+    samples: (B,) int64 on the CPU, the global index of each row, so that noise does not depend on how rows are dealt to
+    ranks.
     """
 
     seed: int
@@ -51,13 +52,13 @@ class NoiseKey:
     samples: Tensor | None = None
 
     def uniform(self, layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform float32 noise in [0, 1) of shape (B, *shape), drawn row by row on the CPU."""
+        """Uniform float32 noise in [0, 1) of shape (B, *shape) on the CPU, drawn row by row."""
         assert self.samples is not None, "noise needs the global sample index of each row"
         rows = []
         for sample in self.samples.tolist():
             generator = torch.Generator().manual_seed(stable_seed(self.seed, self.step, layer, sample, name))
             rows.append(torch.rand(shape, generator=generator))
-        return torch.stack(rows).to(self.samples.device)
+        return torch.stack(rows)
 
 
 class Collectives(Protocol):
@@ -77,9 +78,10 @@ class SingleProcess:
 class Context:
     """Everything a layer may read besides `x` and its own state.
 
-    documents: boundaries and positions. dtype: compute dtype of matmuls and convolutions. residual_dtype: of x and y.
-    tokens: the token clock at the start of the step. layer: index of the layer in the stack. embedding: (B, T, D), the
-    embedding's output, for kinds that read it. carry: the caller wants the state after the last token.
+    documents: boundaries and positions. dtype: compute dtype of matmuls and convolutions. tokens: the token clock at
+    the start of the step. layer: index of the layer in the stack. noise: key of the step's randomness. embedding:
+    (B, T, D), the embedding's output, for kinds that read it. mesh: the collectives. carry: the caller wants the state
+    after the last token.
     """
 
     documents: Documents

@@ -17,7 +17,7 @@ from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey
 from model.layers.base import Dims, LayerKind, VisibleKeys, norm_spec
 from model.ops.head import linear_cross_entropy
 from model.ops.norm import rms_norm
-from model.params import Normal, ParamSpec, Table, allocate_table, count_parameters, initialise, split_evenly
+from model.params import Normal, ParamSpec, Table, allocate, allocate_table, count_parameters, initialise, split_evenly
 
 VOCABULARY_MULTIPLE = 128
 
@@ -100,24 +100,28 @@ class Head(nn.Module):
         return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype)
 
 
-def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Every parameter of the model by its logical name, in the order of the forward pass."""
-    dims = config.dims
-    vocabulary = ParamSpec(
+def vocabulary_spec(config: ModelConfig) -> ParamSpec:
+    """Of embedding and head: (V, D), stored with padding rows."""
+    return ParamSpec(
         (config.vocab_size, config.d_model),
         Normal(config.embedding_std),
         split=split_evenly(0, config.vocab_size),
         update="embedding",
         pad_rows=VOCABULARY_MULTIPLE,
     )
-    table = {"embedding.weight": vocabulary}
+
+
+def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter of the model by its logical name, in the order of the forward pass."""
+    dims = config.dims
+    table = {"embedding.weight": vocabulary_spec(config)}
     for index, layer in enumerate(config.stacked):
         if layer.residual == "add":
             table[f"blocks.{index}.norm.weight"] = norm_spec(config.d_model)
         table |= {f"blocks.{index}.mixer.{name}": spec for name, spec in layer.table(dims).items()}
     table["norm.weight"] = norm_spec(config.d_model)
     if not config.tie_embeddings:
-        table["head.weight"] = vocabulary
+        table["head.weight"] = vocabulary_spec(config)
     return table
 
 
@@ -157,10 +161,8 @@ class HybridLM(nn.Module):
         self.blocks = nn.ModuleList(Block(layer, config.dims, device) for layer in config.stacked)
         self.norm = Norm(config.dims, device)
         self.head = Head(config.vocab_size)
-        ends = {name: spec for name, spec in self.table().items() if name in ("embedding.weight", "head.weight")}
-        allocate_table(self, ends, device)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.embedding.weight = allocate(vocabulary_spec(config), device)
+        self.head.weight = self.embedding.weight if config.tie_embeddings else allocate(vocabulary_spec(config), device)
 
     def table(self) -> Table:
         """Logical name -> ParamSpec, for every parameter of this model."""

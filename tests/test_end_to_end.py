@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def test_generation_continues_the_prompt_and_repeats(trained: Path, workplace: P
     assert texts[0].startswith("braid state")
     assert texts[0] == texts[1]
     assert len(texts[0]) > len("braid state\n")
+
+
+def test_a_run_can_be_moved(trained: Path, workplace: Path, tmp_path: Path) -> None:
+    """The run folder alone is enough to generate: weights, configuration and tokenizer are in it."""
+    shutil.copytree(trained, tmp_path / "elsewhere")
+    text = braid("generate", str(tmp_path / "elsewhere"), "--prompt", "braid state", cwd=tmp_path).stdout
+    assert text == braid("generate", "tiny", "--prompt", "braid state", cwd=workplace).stdout
+
+
+def test_another_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "changed")
+    with (tmp_path / "changed" / "tokenizer.model").open("ab") as file:
+        file.write(b"x")
+    assert "tokenizer" in mistake(tmp_path, "generate", "changed", "--prompt", "x")
 
 
 def test_two_ranks_finish_too(workplace: Path, trained: Path) -> None:

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from train.loop import train
 
         return train(load_recipe(chosen.recipe, chosen.overrides))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except TrainingHealthError as error:
         _report(str(error))
         return EXIT_UNHEALTHY

@@ -155,7 +155,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The continuation that is sampled when the run is done.
+    """What `braid generate` does when it is not told otherwise.
 
     prompt: text to continue, "" for none. max_tokens: length in tokens, at most. temperature: 0 takes the likeliest
     token. top_p: sample from the smallest set of tokens with at least this probability. seed: of the sampling.
@@ -217,7 +217,11 @@ class Recipe:
 
     def to_json(self) -> str:
         """The resolved recipe, defaults and overrides included; `from_json` gives an equal recipe back."""
-        return json.dumps(write(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values."""
+        return write(self)
 
     @staticmethod
     def from_json(text: str, source: str = "recipe.json") -> "Recipe":

@@ -1,5 +1,6 @@
 """What the device could do at best: the denominator of model FLOPs utilisation."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ def device_peak(device: torch.device) -> Peak:
     """The data sheet's peak of a known GPU, else the measured rate of a bf16 matrix product on this rank."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [model for model in DATASHEET_FLOPS if model in name]
+        known = [model for model in DATASHEET_FLOPS if re.search(rf"\b{re.escape(model)}\b", name)]
         if known:
             model = max(known, key=len)
             return Peak(DATASHEET_FLOPS[model], f"data sheet of {model}")

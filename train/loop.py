@@ -1,5 +1,6 @@
 """The training loop. `train()` is the whole cadence: step, record, validate, save, stop."""
 
+import math
 import time
 from typing import Any
 
@@ -33,7 +34,8 @@ def train(recipe: Recipe) -> int:
             if stopping and not run.finished:
                 run.metrics.say(f"stopped after step {run.clock.step} and saved; the same command resumes")
                 return EXIT_STOPPED
-        finish(run)
+        if not run.reported:
+            finish(run)
     return EXIT_DONE
 
 
@@ -44,57 +46,68 @@ def train_step(run: Run) -> dict[str, Any]:
     and micro-batches. A non-finite gradient norm skips the update on every rank.
     """
     begin = time.perf_counter()
-    training, clock, mesh = run.recipe.training, run.clock, run.mesh
     batches = run.stream.next_step()
-    valid = mesh.sum(sum(batch.valid for batch in batches))
-    nll = 0.0
-    auxiliary: dict[str, float] = {}
-    metrics: dict[str, float] = {}
+    valid = run.mesh.sum(sum(batch.valid for batch in batches))
+    means = accumulate(run, batches, max(valid, 1))
+    rate, norm, updated = update(run)
+    run.clock.step += 1
+    run.clock.tokens += run.tokens_per_step
+    digests = [digest for rank in run.mesh.gather(row_digests(batches)) for digest in rank]
+    seconds = time.perf_counter() - begin
+    speed = run.tokens_per_step / seconds
+    return {
+        "step": run.clock.step,
+        "tokens": run.clock.tokens,
+        "loss": means.pop("loss"),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens_per_s": speed,
+        "mfu": 3 * mean_forward_flops(run, batches) * speed / (run.peak.flops * run.mesh.size),
+        "batch_hash": combine(digests),
+        "updated": updated,
+        "valid_tokens": int(valid),
+        "seconds": seconds,
+        **means,
+    }
+
+
+def accumulate(run: Run, batches: list[Batch], valid: float) -> dict[str, float]:
+    """Adds up the gradients of all micro-batches; returns the loss and auxiliary losses per valid token, and the
+    layers' metrics averaged over micro-batches, all over all ranks."""
+    totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         out = forward(run, batch)
         assert out.nll is not None
         loss = out.nll.sum() + sum(out.losses.values())
-        run.engine.backward(loss / max(valid, 1), last=index == len(batches) - 1)
-        nll += out.nll.detach().double().sum().item()
-        auxiliary = {name: auxiliary.get(name, 0.0) + value.item() for name, value in out.losses.items()}
-        metrics = {name: value.item() for name, value in out.metrics.items()}
-    norm = run.health.norm(run.engine)
-    middle = clock.tokens + run.tokens_per_step / 2
+        run.engine.backward(loss / valid, last=index == len(batches) - 1)
+        sums = {"loss": out.nll.detach().double().sum(), **out.losses}
+        shares = {name: value / (len(batches) * run.mesh.size) for name, value in out.metrics.items()}
+        for name, value in ({name: value / valid for name, value in sums.items()} | shares).items():
+            totals[name] = totals.get(name, 0.0) + value.detach().double()
+    values = run.mesh.sum_(torch.stack(list(totals.values()))).tolist()
+    return dict(zip(totals, values, strict=True))
+
+
+def update(run: Run) -> tuple[float, float, bool]:
+    """Steps the optimizer unless the gradient is not finite; returns learning rate, gradient norm, whether it did."""
+    training, step = run.recipe.training, run.clock.step + 1
+    middle = run.clock.tokens + run.tokens_per_step / 2
     rate = run.recipe.optimizer.learning_rate * run.recipe.schedule.factor(middle, training.tokens)
-    updated = run.health.admit(norm, clock.step + 1)
+    norm = run.health.norm(run.engine)
+    if not math.isfinite(norm):
+        run.metrics.event("update_skipped", step=step, grad_norm=str(norm))
+    updated = run.health.admit(norm, step)
     if updated:
         run.engine.apply(rate, clip_coefficient(norm, training.clip_norm))
     else:
         run.engine.discard()
-        run.metrics.event("update_skipped", step=clock.step + 1, grad_norm=str(norm))
-    clock.step += 1
-    clock.tokens += run.tokens_per_step
-    totals = mesh.sum_(torch.tensor([nll, *auxiliary.values()], dtype=torch.float64)) / max(valid, 1)
-    digest = combine([row for rows in mesh.gather(row_digests(batches)) for row in rows])
-    seconds = time.perf_counter() - begin
-    speed = run.tokens_per_step / seconds
-    return {
-        "step": clock.step,
-        "tokens": clock.tokens,
-        "loss": totals[0].item(),
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "tokens_per_s": speed,
-        "mfu": 3 * mean_forward_flops(run, batches) * speed / (run.peak.flops * mesh.size),
-        "batch_hash": digest,
-        "updated": updated,
-        "valid_tokens": int(valid),
-        "seconds": seconds,
-        **dict(zip(auxiliary, totals[1:].tolist(), strict=True)),
-        **metrics,
-    }
+    return rate, norm, updated
 
 
 def forward(run: Run, batch: Batch) -> ModelOutput:
     """The model on one micro-batch, on this rank's device."""
     device = run.mesh.device
-    samples = batch.samples.to(device)
-    noise = NoiseKey(run.recipe.seed, run.clock.step, samples)
+    noise = NoiseKey(run.recipe.seed, run.clock.step, batch.samples)
     tokens, starts, targets = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.starts, batch.targets))
     return run.engine(tokens, starts, targets, clock=run.clock.tokens, noise=noise)
 

@@ -6,15 +6,17 @@ the file is always the record of one uninterrupted curve; what happened to the r
 
 import json
 import math
-import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 from uuid import uuid4
 
 from tqdm import tqdm
+
+from data.files import write_durably
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
@@ -33,13 +35,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def forget_after(path: Path, step: int) -> int:
-    """Keeps the lines up to `step`; returns how many were dropped."""
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Rewrites the file with the complete lines that `keep` takes; returns how many it dropped."""
     records = read_json_lines(path)
-    kept = [record for record in records if record["step"] <= step]
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(draft, path)
+    kept = [record for record in records if keep(record)]
+    write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return len(records) - len(kept)
 
 
@@ -56,8 +56,11 @@ class Metrics:
         self.folder, self.wandb = folder, wandb
         self.total_tokens, self.done_tokens = total_tokens, done_tokens
         self.bar: tqdm | None = None
-        if folder is not None and (dropped := forget_after(folder / "metrics.jsonl", step)):
-            self.event("metrics_dropped", step=step, lines=dropped)
+        if folder is not None:
+            keep_lines(folder / "events.jsonl", lambda record: True)
+            dropped = keep_lines(folder / "metrics.jsonl", lambda record: record["step"] <= step)
+            if dropped:
+                self.event("metrics_dropped", step=step, lines=dropped)
 
     def step(self, record: dict[str, Any]) -> None:
         """One training step."""
@@ -98,6 +101,11 @@ class Metrics:
         append_json_line(self.folder / "events.jsonl", {"event": kind, "time": time.time()} | fields)
         if self.wandb is not None and kind == "validation":
             self.wandb.log({f"validation/{name}": value for name, value in fields.items()}, step=fields["step"])
+
+    def last_event(self, kind: str) -> dict[str, Any] | None:
+        """The newest event of this kind (rank 0 only)."""
+        records = [] if self.folder is None else read_json_lines(self.folder / "events.jsonl")
+        return next((record for record in reversed(records) if record["event"] == kind), None)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar (rank 0 only)."""

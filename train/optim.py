@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.params import Table
+from train.reading import require
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,11 @@ class AdamWConfig:
     kind: Literal["adamw"] = "adamw"
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(ok, "betas", list(self.betas), "two numbers in [0, 1)")
-        _require(self.eps > 0, "eps", self.eps, "a positive number")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number that is not negative")
-
-
-def _require(ok: bool, key: str, got: object, wants: str) -> None:
-    if not ok:
-        raise ValueError(f"{key}: got {got}, wants {wants}")
+        require(ok, "betas", list(self.betas), "two numbers in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "a positive number")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number that is not negative")
 
 
 def parameter_groups(

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.mistakes import describe
+
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -59,23 +61,25 @@ class Mesh:
             dist.all_gather_object(values, value)
         return values
 
-    def first(self, action: Callable[[], T]) -> T | None:
-        """Runs `action` on rank 0 alone; returns its result there and None elsewhere.
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; returns this rank's result.
 
-        A ValueError of rank 0 is raised on every rank, so that all end with the same words and none waits.
+        An error on any rank is raised on all of them, so that all end with the same words and none waits.
         """
-        result, refusal = None, None
-        if self.main:
-            try:
-                result = action()
-            except ValueError as error:
-                refusal = error
-        text = self.gather(None if refusal is None else str(refusal))[0]
-        if refusal is not None:
-            raise refusal
-        if text is not None:
-            raise ValueError(text)
+        try:
+            result, error = action(), None
+        except Exception as caught:
+            error = caught
+        words = self.gather(None if error is None else describe(error) or repr(error))
+        if error is not None:
+            raise error
+        if any(words):
+            raise ValueError(next(filter(None, words)))
         return result
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """`together`, on rank 0 alone; None elsewhere."""
+        return self.together(lambda: action() if self.main else None)
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
@@ -91,7 +95,8 @@ class Mesh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()  # after an error other ranks may be waiting, and closing would wait for them
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -112,7 +117,7 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def open_mesh(device: str = "auto", *, timeout_s: float = 1800) -> Mesh:
-    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or is the only one.
+    """Joins the ranks that torchrun or srun started, or is the only one.
 
     Tensors on a GPU travel by NCCL, those on the CPU by gloo, in one process group. A collective that takes longer
     than `timeout_s` fails.
@@ -122,9 +127,26 @@ def open_mesh(device: str = "auto", *, timeout_s: float = 1800) -> Mesh:
     timeout = timedelta(seconds=timeout_s)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    _ranks_of_slurm()
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return Mesh(chosen)
+
+
+def _ranks_of_slurm() -> None:
+    """Gives the tasks of an srun step the variables that torchrun would have set.
+
+    Raises ValueError when the step has several tasks and MASTER_ADDR or MASTER_PORT is not exported.
+    """
+    size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or size == 1:
+        return
+    for key, what in (("MASTER_ADDR", "the host of task 0"), ("MASTER_PORT", "a free port on it")):
+        if key not in os.environ:
+            raise ValueError(f"{key}: not set, wants {what}, exported before srun starts its {size} tasks")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["WORLD_SIZE"] = str(size)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data.files import write_durably
 from data.prepare import PreparedData, open_prepared
 from data.stream import BatchStream
 from model.hybrid import HybridLM, initialise_model, parameter_count
@@ -63,6 +64,12 @@ class Run:
         return self.recipe.training.tokens_per_step
 
     @property
+    def reported(self) -> bool:
+        """Whether the last validation of a finished run has been written down."""
+        last = self.metrics.last_event("finished")
+        return bool(self.mesh.first(lambda: last is not None and last["step"] == self.clock.step))
+
+    @property
     def finished(self) -> bool:
         return self.clock.tokens >= self.recipe.training.tokens
 
@@ -74,13 +81,16 @@ class Run:
         return self.clock.tokens // every_tokens > before // every_tokens
 
     def stop_asked(self) -> bool:
-        """Whether a signal asked any rank to stop: the same answer on every rank. Also keeps the lock's heartbeat."""
-        if self.lock is not None:
-            self.lock.beat()
+        """Whether a signal asked any rank to stop: the same answer on every rank."""
         asked = self.mesh.any(self.stop.signal is not None)
         if asked:
             self.metrics.event("stopping", step=self.clock.step, signal=self.stop.signal)
         return asked
+
+    def confirm_lock(self) -> None:
+        """Raises RunLocked when another job has taken the run folder over."""
+        if self.lock is not None:
+            self.lock.confirm()
 
     def announce_backends(self) -> None:
         """Says once, after the first step, which implementation each op has chosen."""
@@ -91,19 +101,17 @@ class Run:
 
     def save(self) -> None:
         """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
-        if self.lock is not None:
-            self.lock.confirm()
+        self.mesh.together(self.confirm_lock)
         folder = self.store.save(self.engine, self.clock.tokens, self._extra())
         self.metrics.event("saved", step=self.clock.step, checkpoint=folder.name)
 
     def _extra(self) -> dict[str, Any]:
         return {
             "model": self.recipe.model.to_dict(),
-            "recipe": json.loads(self.recipe.to_json()),
+            "recipe": self.recipe.to_dict(),
             "clock": {"step": self.clock.step, "tokens": self.clock.tokens},
             "stream": self.stream.state_dict(),
-            "random": {"seed": self.recipe.seed, "scheme": "noise is a function of (seed, step, layer, sample)"},
-            "tokenizer": {"path": str(self.data.tokenizer.resolve()), "sha256": self.data.tokenizer_sha256},
+            "tokenizer": {"file": self.data.tokenizer.name, "sha256": self.data.tokenizer_sha256},
         }
 
 
@@ -114,8 +122,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         stop = stack.enter_context(StopRequest())
         mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
         recipe.check_ranks(mesh.size)
-        mesh.first(lambda: open_prepared(recipe.data, verify=True))
-        data = open_prepared(recipe.data, verify=False)
+        data = mesh.together(lambda: open_prepared(recipe.data, verify=False))
+        mesh.together(lambda: data.verify(mesh.rank, mesh.size))
         data.check_vocabulary(recipe.model.vocab_size)
         lock = mesh.first(lambda: stack.enter_context(RunLock(recipe.folder)))
         stream = _open_stream(recipe, data, mesh)
@@ -167,7 +175,8 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
 
 
 def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream) -> Clock:
-    """Restores everything from the checkpoint; refuses a recipe of another model or other data."""
+    """Restores everything from the checkpoint; refuses a recipe of another model or other data. (There is no random
+    state to restore: noise is a function of seed, step, layer and sample.)"""
     saved, ours = checkpoint.extra["model"], json.loads(json.dumps(recipe.model.to_dict()))
     differing = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
     if differing:
@@ -190,7 +199,7 @@ def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:
             recipe.logging.wandb_mode,
             recipe.name,
             recipe.folder,
-            json.loads(recipe.to_json()),
+            recipe.to_dict(),
         )
     return Metrics(
         recipe.folder if mesh.main else None,
@@ -202,7 +211,8 @@ def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:
 
 
 def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Says what is about to run, writes the resolved recipe, and notes what changed since the run was saved."""
+    """Says what is about to run and what changed since the run was saved; writes the resolved recipe and the tokenizer
+    into the run folder."""
     recipe, metrics = run.recipe, run.metrics
     if not run.mesh.main:
         return
@@ -219,10 +229,11 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         metrics.event("resumed", step=run.clock.step, checkpoint=checkpoint.folder.name, ranks=run.mesh.size)
         metrics.say(f"resumed from {checkpoint.folder} at step {run.clock.step}")
-        for line in changes(checkpoint.extra["recipe"], json.loads(recipe.to_json())):
+        for line in changes(checkpoint.extra["recipe"], recipe.to_dict()):
             metrics.event("recipe_changed", change=line)
             metrics.say(f"changed since: {line}")
-    (recipe.folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+    write_durably(recipe.folder / RECIPE, recipe.to_json().encode())
+    write_durably(recipe.folder / run.data.tokenizer.name, run.data.tokenizer.read_bytes())
 
 
 def changes(before: Any, after: Any, key: str = "") -> list[str]:

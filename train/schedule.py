@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from train.reading import require
+
 SHAPES = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -12,14 +14,9 @@ SHAPES = {
 """Shape of a decay: progress in [0, 1] -> from 1 down to 0."""
 
 
-def _require(ok: bool, key: str, got: object, wants: str) -> None:
-    if not ok:
-        raise ValueError(f"{key}: got {got}, wants {wants}")
-
-
 def _check_span(name: str, tokens: int | None, fraction: float) -> None:
-    _require(tokens is None or tokens >= 0, f"{name}_tokens", tokens, "a number of tokens, or none")
-    _require(0 <= fraction <= 1, f"{name}_fraction", fraction, "a fraction in [0, 1]")
+    require(tokens is None or tokens >= 0, f"{name}_tokens", tokens, "a number of tokens, or none")
+    require(0 <= fraction <= 1, f"{name}_fraction", fraction, "a fraction in [0, 1]")
 
 
 def _span(tokens: int | None, fraction: float, total_tokens: int) -> float:
@@ -50,15 +47,15 @@ class WSD:
     def __post_init__(self) -> None:
         _check_span("warmup", self.warmup_tokens, self.warmup_fraction)
         _check_span("decay", self.decay_tokens, self.decay_fraction)
-        _require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "a fraction in [0, 1]")
-        _require(self.shape in SHAPES, "shape", repr(self.shape), f"one of {', '.join(SHAPES)}")
+        require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "a fraction in [0, 1]")
+        require(self.shape in SHAPES, "shape", self.shape, f"one of {', '.join(SHAPES)}")
 
     def check(self, total_tokens: int) -> None:
         """Raises ValueError when warm-up and decay do not fit into the run."""
         warmup = _span(self.warmup_tokens, self.warmup_fraction, total_tokens)
         decay = _span(self.decay_tokens, self.decay_fraction, total_tokens)
         fits = warmup + decay <= total_tokens
-        _require(fits, "decay_tokens", f"{decay:.0f} after {warmup:.0f} of warm-up", f"at most {total_tokens} together")
+        require(fits, "decay_tokens", round(decay), f"at most {total_tokens} with the {round(warmup)} of warm-up")
 
     def factor(self, tokens: float, total_tokens: int) -> float:
         """Multiple of the peak learning rate when `tokens` of `total_tokens` have been trained."""
@@ -66,7 +63,7 @@ class WSD:
         decay = _span(self.decay_tokens, self.decay_fraction, total_tokens)
         if tokens < warmup:
             return tokens / warmup
-        if tokens <= total_tokens - decay:
+        if decay == 0 or tokens <= total_tokens - decay:
             return 1.0
         return _decay(self.shape, (tokens - (total_tokens - decay)) / decay, self.final_fraction)
 
@@ -85,12 +82,12 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check_span("warmup", self.warmup_tokens, self.warmup_fraction)
-        _require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "a fraction in [0, 1]")
+        require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "a fraction in [0, 1]")
 
     def check(self, total_tokens: int) -> None:
         """Raises ValueError when the warm-up does not fit into the run."""
         warmup = _span(self.warmup_tokens, self.warmup_fraction, total_tokens)
-        _require(warmup <= total_tokens, "warmup_tokens", f"{warmup:.0f}", f"at most {total_tokens}")
+        require(warmup <= total_tokens, "warmup_tokens", round(warmup), f"at most {total_tokens}")
 
     def factor(self, tokens: float, total_tokens: int) -> float:
         """Multiple of the peak learning rate when `tokens` of `total_tokens` have been trained."""

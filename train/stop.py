@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: save at the end of the step, exit with EXIT_STOPPED, resume on the next start."""
+"""Signals that ask a run to stop: save at the end of the step, exit with EXIT_STOPPED, resume on the next start.
+
+A signal that the process was started to ignore (SIGHUP under nohup) stays ignored.
+"""
 
 import signal
 from types import FrameType, TracebackType
@@ -28,6 +31,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue  # as nohup asks
             self._before[number] = signal.signal(number, self._note)
         return self
 

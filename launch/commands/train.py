@@ -1,6 +1,6 @@
 """Trains the model of RECIPE, or resumes it where it stopped.
 
-The run lives in runs/NAME/: recipe.json, metrics.jsonl, checkpoints/. SIGTERM, SIGUSR1 or Ctrl-C save and exit
+The run lives in runs/NAME/: recipe.json, metrics.jsonl, checkpoints/. SIGTERM, SIGUSR1, SIGHUP or Ctrl-C save and exit
 with 75; the same command resumes. Run `braid prepare` first.
 """
 

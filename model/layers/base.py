@@ -46,9 +46,9 @@ class Dims:
 class Costs:
     """Costs of one layer.
 
-    flops: model FLOPs per token, forward. saved: elements per token, by size in bytes, that the forward pass keeps for
-    the backward pass (the norm before the layer and the residual stream aside). state_bytes: decoding state per row,
-    given the window or context length it was asked for.
+    flops: model FLOPs per token, forward. saved_compute, saved_float32: elements per token, in the compute dtype and in
+    float32, that the forward pass keeps for the backward pass (norm and residual stream aside). state_bytes: decoding
+    state per row, given the window or context length it was asked for.
     """
 
     flops: float

@@ -29,6 +29,8 @@ class MLPConfig:
 
     def check(self, d_model: int) -> None:
         require(self.d_hidden > 0, "d_hidden", self.d_hidden, "a positive width")
+        known = ("silu", "gelu", "relu2")
+        require(self.activation in known, "activation", repr(self.activation), f"one of {', '.join(known)}")
 
     def table(self, dims: Dims) -> Table:
         hidden = split_evenly(0, self.d_hidden)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.generate import Sampling, generate
+from tests.contracts.examples import tokens_and_starts
 from tests.model.test_hybrid import built, samba
 
 GREEDY = Sampling(temperature=0)
@@ -37,6 +38,20 @@ def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward() -> None
     with torch.no_grad():
         logits = model(tokens, starts).logits
     assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == produced
+
+
+def test_the_whole_model_prefilled_and_stepped_equals_its_full_forward() -> None:
+    """A mixed braid, across document boundaries and far past the window of 7."""
+    model = built(samba())
+    tokens, starts = tokens_and_starts([19, 23, 8])
+    with torch.no_grad():
+        full = model(tokens, starts).logits
+        out = model(tokens[:, :12], starts[:, :12], carry=True)
+        pieces = [out.logits]
+        for at in range(12, 50):
+            out = model(tokens[:, at : at + 1], starts[:, at : at + 1], state=out.state, carry=True)
+            pieces.append(out.logits)
+    assert (torch.cat(pieces, dim=1) - full).abs().max() <= 1e-4 * max(1.0, full.abs().max().item())
 
 
 def test_a_prompt_does_not_depend_on_its_company() -> None:

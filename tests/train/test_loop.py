@@ -43,7 +43,7 @@ def train_poisoned(folder: str, name: str, poisoned: list[int], overrides: list[
         return str(error)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_nan_on_one_rank_skips_the_step_on_all(workplace: Path, stage: int) -> None:
     """The step is logged and skipped, and training goes on; no weight has seen the NaN, or every later loss would."""
     name = f"poisoned-{stage}"
@@ -64,4 +64,15 @@ def test_too_many_in_a_row_end_the_run(workplace: Path) -> None:
     ends = run_ranks(train_poisoned, 2, str(workplace), "hopeless", [2, 3, 4, 5, 6], [limit])
     assert ends[0] == ends[1]
     assert ends[0].startswith("step 4: gradient norm is nan, and 3 updates in a row were skipped")
-    assert [line["updated"] for line in curve(workplace / "runs" / "hopeless")] == [True, False, False]
+    run = workplace / "runs" / "hopeless"
+    assert [line["updated"] for line in curve(run)] == [True, False, False]
+    assert [event["step"] for event in events(run, "update_skipped")] == [2, 3, 4]
+
+
+def test_an_unhealthy_run_exits_with_its_own_code(workplace: Path) -> None:
+    """A job script must be able to tell "resume me" (75) from "look at me" (76)."""
+    wild = ["optimizer.learning_rate=1e30", "training.clip_norm=0", "training.nonfinite_limit=2"]
+    done = braid("train", "tiny", "name=wild", "schedule.warmup_fraction=0.0", *wild, cwd=workplace, check=False)
+    assert done.returncode == 76, done.stderr
+    assert "2 updates in a row were skipped" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from train.parallel import choose_device
+from train.parallel import choose_device, open_mesh
 
 
 def talk() -> dict:
@@ -37,6 +37,30 @@ def act_on_the_first_rank() -> tuple:
 def test_what_the_first_rank_refuses_all_refuse():
     """A rank that does not hear of it waits for the others until the timeout."""
     assert run_ranks(act_on_the_first_rank, 2) == [("by rank 0", "refused by rank 0"), (None, "refused by rank 0")]
+
+
+def join_as_slurm_task() -> tuple[int, int, list]:
+    import os
+
+    from train.parallel import open_mesh
+
+    place = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE"}
+    os.environ.update({slurm: os.environ.pop(usual) for slurm, usual in place.items()})
+    with open_mesh("cpu", timeout_s=60) as mesh:
+        return mesh.rank, mesh.size, mesh.gather(mesh.rank)
+
+
+def test_tasks_of_srun_find_each_other():
+    """Without this every task trains alone, and all write into one run folder."""
+    assert run_ranks(join_as_slurm_task, 2) == [(0, 2, [0, 1]), (1, 2, [0, 1])]
+
+
+def test_srun_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for key in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="MASTER_ADDR: not set, wants the host of task 0"):
+        open_mesh("cpu")
 
 
 def fail_on_one_rank() -> None:

@@ -66,3 +66,9 @@ def test_mistakes_name_the_key(make, key):
     with pytest.raises(ValueError, match=rf"^{key}: got .* wants ") as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_decay_ends_at_the_peak():
+    """The clock of the last step may pass the total; that must not divide by the length of a decay that is none."""
+    schedule = WSD(warmup_fraction=0.0, decay_fraction=0.0)
+    assert [schedule.factor(tokens, 100) for tokens in (0, 50, 100, 104)] == [1.0] * 4
