@@ -76,11 +76,11 @@ def test_kill_and_rerun_equals_an_uninterrupted_run(
     process = start(*command, cwd=workplace)
     wait_for_step(process, run, random.Random(10 * stage + ranks).randint(2, STEPS - 6))
     kill_group(process)
+    saved = any((run / "checkpoints").glob("tokens-*"))
     assert len(curve(run)) < STEPS, "the kill came too late to test anything"
     braid(*command, cwd=workplace)
     assert facts(curve(run)) == facts(uninterrupted[stage, ranks])
-    saved = events(run, "saved")
-    assert bool(events(run, "resumed")) == (saved[0]["step"] == 5), "it resumes when there was something to resume from"
+    assert bool(events(run, "resumed")) == saved, "it resumes when there was something to resume from"
 
 
 def test_losses_do_not_depend_on_stage_or_ranks(uninterrupted: dict) -> None:
