@@ -1,8 +1,9 @@
 """The lock of a run folder: one job at a time writes into it.
 
-`lock.json` names its owner; its modification time is the heartbeat. It appears by a hard link of a complete file (so
-it is never half written, and only one job can create it) and is replaced by a rename while the taker holds a kernel
-lock on the file that it replaces (so of two takers one comes second and finds the first).
+`lock.json` names its owner; its modification time is the heartbeat, moved by a thread however long a step, a validation
+or a save takes. It appears by a hard link of a complete file (so it is never half written, and only one job can create
+it) and is replaced by a rename while the taker holds a kernel lock on the file that it replaces (so of two takers one
+comes second and finds the first).
 """
 
 import errno
@@ -11,7 +12,7 @@ import json
 import os
 import socket
 import stat
-import time
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from uuid import uuid4
@@ -70,7 +71,9 @@ class RunLock:
         """Why the previous owner was counted as dead, when there was one: a line for the log."""
         self._stale_after_s, self._beat_every_s = stale_after_s, beat_every_s
         self._me: Owner | None = None
-        self._last_beat = 0.0
+        self._heart: threading.Thread | None = None
+        self._released = threading.Event()
+        self._lost: str | None = None
 
     def __enter__(self) -> "RunLock":
         self.acquire()
@@ -80,42 +83,40 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock. Raises RunLocked naming the live owner, ValueError when the folder cannot hold a lock."""
+        """Takes the lock and starts its heartbeat. Raises RunLocked naming the live owner, ValueError when the folder
+        cannot hold a lock."""
         me = Owner.this_process()
         fresh = self.path.with_name(f".lock-{me.token}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(fresh, me)
             try:
+                _write(fresh, me)
                 self._take(me, fresh)
             finally:
                 fresh.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be locked: {error.strerror}") from error
-        self._me = me
-        self._last_beat = time.monotonic()
-
-    def beat(self) -> None:
-        """Touches the heartbeat; cheap enough for every step. Raises RunLocked when another job has taken over."""
-        if self._me is None or time.monotonic() - self._last_beat < self._beat_every_s:
-            return
-        self.confirm()
+        self._me, self._lost = me, None
+        self._released = threading.Event()
+        # A daemon: it must not keep a process alive that ends without releasing. A forked child does not have it.
+        self._heart = threading.Thread(target=self._beat, args=(me, self._released), name="lock heartbeat", daemon=True)
+        self._heart.start()
 
     def confirm(self) -> None:
-        """Beats now, whatever the interval. Raises RunLocked when the lock is no longer this job's."""
+        """Beats now. Raises RunLocked when the lock is no longer this job's, or once was not."""
         assert self._me is not None, "the lock was not acquired"
-        found = _read(self.path)
-        if found is None or found.token != self._me.token:
-            owner = "was removed" if found is None else f"was taken over by {found}"
-            raise RunLocked(f"{self.path}: {owner} while this job was running; this job must not write here any more")
-        os.utime(self.path)
-        self._last_beat = time.monotonic()
+        if self._lost is not None:
+            raise RunLocked(self._lost)
+        self._touch(self._me)
 
     def release(self) -> None:
-        """Gives the lock back; does nothing when it is no longer this process's."""
+        """Stops the heartbeat and gives the lock back; does nothing when it is no longer this process's."""
         me, self._me = self._me, None
         if me is None or me.pid != os.getpid():
             return
+        assert self._heart is not None
+        self._released.set()
+        self._heart.join()
         fd = _open(self.path)
         if fd is None:
             return
@@ -125,6 +126,31 @@ class RunLock:
                 self.path.unlink()
         finally:
             os.close(fd)
+
+    def _beat(self, me: Owner, released: threading.Event) -> None:
+        while not released.wait(self._beat_every_s):
+            try:
+                self._touch(me)
+            except RunLocked as error:
+                self._lost = str(error)
+                return
+            except OSError:
+                continue  # a network file system may come back, and `confirm` raises what is wrong with it
+
+    def _touch(self, me: Owner) -> None:
+        """Moves the heartbeat of our own file, never of one that has replaced it."""
+        fd = _open(self.path)
+        try:
+            found = None if fd is None else _parse(fd)
+            if fd is None or found is None or found.token != me.token:
+                owner = "was removed" if fd is None else f"was taken over by {found or 'another job'}"
+                raise RunLocked(
+                    f"{self.path}: {owner} while this job was running; this job must not write here any more"
+                )
+            os.utime(fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def _take(self, me: Owner, fresh: Path) -> None:
         while True:
@@ -180,10 +206,13 @@ class RunLock:
 def _write(path: Path, owner: Owner) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        os.write(fd, (json.dumps(asdict(owner), indent=1) + "\n").encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        with os.fdopen(fd, "wb") as file:
+            file.write((json.dumps(asdict(owner), indent=1) + "\n").encode())
+            file.flush()
+            os.fsync(fd)
+    except OSError:
+        path.unlink(missing_ok=True)  # half a lock would name nobody and block until it is old
+        raise
 
 
 def _link(fresh: Path, path: Path, owner: Owner) -> None:

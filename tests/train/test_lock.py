@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -46,6 +47,15 @@ def hold(folder: Path) -> tuple[Any, Connection]:
     return child, mine
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    never = threading.Event()
+    for _ in range(3000):
+        if condition():
+            return
+        never.wait(0.01)
+    raise AssertionError("it never came")
+
+
 def owner_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "lock.json").read_text())
 
@@ -69,7 +79,8 @@ def test_second_job_is_refused_and_told_the_owner(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
     pipe.send("end")
     child.join()
-    RunLock(tmp_path).acquire()
+    with RunLock(tmp_path):
+        pass
 
 
 def test_one_process_cannot_take_it_twice(tmp_path: Path) -> None:
@@ -131,34 +142,105 @@ def test_job_out_of_sight_is_dead_when_its_heart_stops(tmp_path: Path, elsewhere
         assert "has not been heard of" in str(lock.taken_from)
 
 
-def test_heartbeat_moves(tmp_path: Path) -> None:
-    """Without it a live job on another machine would be taken for dead."""
-    with RunLock(tmp_path, beat_every_s=0) as lock:
+def test_heartbeat_moves_while_the_job_does_something_else(tmp_path: Path) -> None:
+    """A validation of an hour must not make a live job on another machine look dead."""
+    path = tmp_path / "lock.json"
+    with RunLock(tmp_path, beat_every_s=0.001):
+        for _ in range(2):
+            os.utime(path, (0, 0))
+            wait_until(lambda: path.stat().st_mtime > 1e9)
+    assert "lock heartbeat" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_heartbeat_outlives_a_failing_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server that restarts costs a beat, not the heart."""
+    path, real = tmp_path / "lock.json", lock_module._open
+    failures: list[Path] = []
+
+    def fail_once(path: Path) -> int | None:
+        if not failures:
+            failures.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    with RunLock(tmp_path, beat_every_s=0.001) as lock:
+        monkeypatch.setattr(lock_module, "_open", fail_once)
+        wait_until(lambda: bool(failures))
+        os.utime(path, (0, 0))
+        wait_until(lambda: path.stat().st_mtime > 1e9)
+        lock.confirm()
+
+
+def test_confirm_beats_at_once(tmp_path: Path) -> None:
+    """What follows it is a commit, which nobody may take for that of a dead job."""
+    with RunLock(tmp_path, beat_every_s=3600) as lock:
         os.utime(tmp_path / "lock.json", (0, 0))
-        lock.beat()
+        lock.confirm()
         assert (tmp_path / "lock.json").stat().st_mtime > 1e9
 
 
-def test_heartbeat_costs_nothing_between_beats(tmp_path: Path) -> None:
-    """It is called every step; on a network file system each touch is a round trip."""
-    with RunLock(tmp_path, beat_every_s=3600) as lock:
-        os.utime(tmp_path / "lock.json", (0, 0))
-        lock.beat()
-        assert (tmp_path / "lock.json").stat().st_mtime == 0
-
-
-@pytest.mark.parametrize("fate", ["taken", "removed"])
+@pytest.mark.parametrize("fate", ["taken", "removed", "damaged"])
 def test_job_that_lost_its_lock_stops(tmp_path: Path, fate: str) -> None:
-    """A job suspended for an hour wakes up: the run is another's now, it must neither write nor release."""
-    lock = RunLock(tmp_path, beat_every_s=0)
+    """A job suspended for an hour wakes up: the run is another's now, it must neither write, release nor beat."""
+    lock = RunLock(tmp_path, beat_every_s=3600)
     lock.acquire()
     (tmp_path / "lock.json").unlink()
     if fate == "taken":
-        pretend(tmp_path, host="node7", token="new")
-    with pytest.raises(RunLocked, match="taken over by process .* on node7" if fate == "taken" else "was removed"):
-        lock.beat()
+        pretend(tmp_path, age_s=100, host="node7", token="new")
+    if fate == "damaged":
+        (tmp_path / "lock.json").write_text("{}")
+    words = {"taken": "taken over by process .* on node7", "removed": "was removed", "damaged": "by another job"}
+    before = os.stat(tmp_path / "lock.json").st_mtime if fate == "taken" else None
+    with pytest.raises(RunLocked, match=words[fate]):
+        lock.confirm()
+    assert before is None or os.stat(tmp_path / "lock.json").st_mtime == before
     lock.release()
-    assert (tmp_path / "lock.json").exists() == (fate == "taken")
+    assert (tmp_path / "lock.json").exists() == (fate != "removed")
+
+
+def test_a_loss_is_remembered(tmp_path: Path) -> None:
+    """The other job came and went between two commits: what it committed must not be overwritten."""
+    path = tmp_path / "lock.json"
+    with RunLock(tmp_path, beat_every_s=0.001) as lock:
+        path.rename(tmp_path / "kept")
+        wait_until(lambda: "lock heartbeat" not in [thread.name for thread in threading.enumerate()])
+        (tmp_path / "kept").rename(path)
+        with pytest.raises(RunLocked, match="was removed while this job was running"):
+            lock.confirm()
+
+
+def test_heartbeat_does_not_keep_a_process_alive(tmp_path: Path) -> None:
+    """A job that ends without releasing would otherwise hold its GPUs, and the run, for ever."""
+    lock = RunLock(tmp_path)
+    child = PROCESSES.Process(target=lock.acquire, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    with RunLock(tmp_path) as lock:
+        assert "is gone" in str(lock.taken_from)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    """Half a lock would block the next start, and files of failed starts would gather. The second write is the one
+    in place, on a file system without hard links."""
+    real, writes = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        writes.append(fd)
+        if len(writes) == write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ValueError, match=r"lock.json: cannot be locked: No space left on device"):
+        RunLock(tmp_path).acquire()
+    assert len(writes) == write
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_takers_one_wins(tmp_path: Path) -> None:
@@ -247,8 +329,8 @@ def test_damaged_lock_counts_by_its_age(tmp_path: Path) -> None:
         with pytest.raises(RunLocked, match="a job that its contents do not name"):
             RunLock(tmp_path).acquire()
         os.utime(path, (1, 1))
-        RunLock(tmp_path).acquire()
-        path.unlink()
+        with RunLock(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("disguise", ["link", "dangling", "fifo", "folder"])
@@ -275,10 +357,10 @@ def test_folder_that_cannot_hold_a_lock(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_does_not_release_its_parents_lock(tmp_path: Path) -> None:
-    """A data worker that exits must not open the run to another job."""
-    with RunLock(tmp_path) as lock:
-        child = PROCESSES.Process(target=lock.release)
+    """A data worker that exits must not open the run to another job, nor wait for a thread that it does not have."""
+    with RunLock(tmp_path, beat_every_s=0.001) as lock:
+        child = PROCESSES.Process(target=lock.release, daemon=True)
         child.start()
-        child.join()
+        child.join(60)
         assert child.exitcode == 0
         assert (tmp_path / "lock.json").exists()

@@ -4,6 +4,7 @@ Everything is written into `.partial-NAME`; the manifest comes last, when every 
 rename makes the checkpoint. Names carry the token count, so the newest is found without a pointer.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -152,50 +153,38 @@ def leftovers(root: Path) -> list[Path]:
 def open_newest(
     root: Path,
     group: Group | None = None,
-    *,
-    verify: bool = True,
     damaged: Callable[[Path, CheckpointError], None] | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint, agreed on by all ranks; None when there is none at all.
+    """The newest checkpoint, agreed on by all ranks, which share the work of hashing its files; None when there is
+    none at all.
 
-    verify: check the hash of every file now, the ranks sharing the work (else each file is checked before its first
-    use). damaged: called with every checkpoint that cannot be trusted before the next older one is tried; without it,
-    or when no older one is left, CheckpointError names the file.
+    damaged: called on every rank with each checkpoint that cannot be trusted, before the next older one is tried, when
+    no rank has a file of it open; without it, or when no older one is left, CheckpointError names the file.
     """
     group = group or Alone()
-    candidates = group.gather([path.name for path in discover(root)])[0]
+    candidates = agree(group, str(root), lambda: [path.name for path in discover(root)])[0]
     fault = None
     for name in candidates:
 
         def attempt(path: Path = root / name) -> Checkpoint:
             checkpoint = Checkpoint(path)
             checkpoint.check_sizes()
-            if verify:
-                checkpoint.verify(sorted(checkpoint.manifest.files)[group.rank :: group.size])
+            checkpoint.verify(sorted(checkpoint.manifest.files)[group.rank :: group.size])
             return checkpoint
 
         try:
             checkpoint = _agree_on(group, f"checkpoint {name}", attempt)
+            agree(group, f"checkpoint {name}", functools.partial(checkpoint.trust, checkpoint.manifest.files))
         except CheckpointError as error:
             fault = error
             if damaged is None:
                 raise
             damaged(root / name, error)
             continue
-        if verify:
-            checkpoint.trust(checkpoint.manifest.files)
         return checkpoint
     if fault is not None:
         raise fault
     return None
-
-
-def newest_valid(
-    root: Path, verify: bool = True, damaged: Callable[[Path, CheckpointError], None] | None = None
-) -> Path | None:
-    """The folder of `open_newest`, for one process."""
-    checkpoint = open_newest(root, verify=verify, damaged=damaged)
-    return None if checkpoint is None else checkpoint.folder
 
 
 def set_aside(path: Path) -> Path:

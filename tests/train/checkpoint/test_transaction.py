@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, whatever is killed, full, slow or broken."""
 
+import errno
 import os
 import shutil
 import signal
@@ -8,10 +9,12 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from model.weights import writer
 from model.weights.files import CheckpointError
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
@@ -24,7 +27,6 @@ from train.checkpoint.transaction import (
     discover,
     leftovers,
     name_of,
-    newest_valid,
     open_newest,
     set_aside,
 )
@@ -193,6 +195,48 @@ def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_free_space_counts_all_ranks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's share fits, both do not; one byte more and they do."""
+    needed = 2 * (1_000_000 + writer.OVERHEAD_BYTES)
+    save(tmp_path, 1, Alone())
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(os, "statvfs", lambda path, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        first, second = on_threads(2, lambda group: save(tmp_path, 2, group, bytes_needed=1_000_000))
+        assert str(first) == str(second)
+        assert isinstance(first, CheckpointError) == (not fits)
+        if not fits:
+            assert "2.2 MiB free, the checkpoint needs 2.2 MiB; make room or keep fewer" in str(first)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", name_of(1)]
+    check(tmp_path, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_write_that_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """ENOSPC in spite of the preflight (another program took the room): the old checkpoint stays, all ranks agree."""
+    save(tmp_path, 1, Alone())
+    create, real, full = writer.create_file, writer.write_fully, []
+
+    def create_file(path: Path) -> int:
+        fd = create(path)
+        if path.name.startswith(f"rank-{rank:05d}"):
+            full.append(os.fstat(fd).st_ino)
+        return fd
+
+    def write_fully(fd: int, data: memoryview) -> None:
+        if os.fstat(fd).st_ino in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, data)
+
+    monkeypatch.setattr(writer, "create_file", create_file)
+    monkeypatch.setattr(writer, "write_fully", write_fully)
+    first, second = on_threads(2, lambda group: save(tmp_path, 2, group))
+    assert str(first) == str(second)
+    assert f"rank {rank}: " in str(first)
+    assert "cannot be written: No space left on device" in str(first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", name_of(1)]
+    check(tmp_path, 1)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 1 MiB."""
@@ -212,7 +256,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up_midway(small_disk: Path) -> None:
-    """ENOSPC in spite of the preflight (another program took the room): the old checkpoint stays, all ranks agree."""
+    """The same with a real disk, where part of a file was written."""
     save(small_disk, 1, Alone())
 
     def work(group: Group) -> None:
@@ -240,13 +284,13 @@ def test_missing_or_empty_pointer_changes_nothing(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_none_and_a_damaged_only_one_is_an_error(tmp_path: Path) -> None:
     """`None` starts a run from nothing: it must mean that there is nothing."""
-    assert newest_valid(tmp_path / "absent") is None
-    assert newest_valid(tmp_path) is None
+    assert open_newest(tmp_path / "absent") is None
+    assert open_newest(tmp_path) is None
     save(tmp_path, 1, Alone())
     (tmp_path / name_of(1) / "manifest.json").unlink()
     seen: list[Path] = []
     with pytest.raises(CheckpointError, match=r"manifest.json: cannot be opened"):
-        newest_valid(tmp_path, damaged=lambda path, error: seen.append(path))
+        open_newest(tmp_path, damaged=lambda path, error: seen.append(path))
     assert seen == [tmp_path / name_of(1)]
 
 
@@ -264,7 +308,6 @@ def test_damage_is_refused_or_told_and_passed_over(tmp_path: Path) -> None:
     found = on_threads(2, lambda group: open_newest(tmp_path, group, damaged=lambda p, e: told.append(str(e))))
     assert [checkpoint.folder for checkpoint in found] == [tmp_path / name_of(1)] * 2
     assert sum("SHA-256" in line for line in told) == 2
-    assert newest_valid(tmp_path, verify=False, damaged=lambda p, e: None) == tmp_path / name_of(2)
     assert set_aside(tmp_path / name_of(3)).name == ".broken-tokens-000000000003"
     save(tmp_path, 3, Alone())
     check(tmp_path, 3)
@@ -305,4 +348,5 @@ def test_names_sort_beyond_twelve_digits(tmp_path: Path) -> None:
     """15 trillion tokens take 14 digits: sorting names as text would resume from the wrong one."""
     for tokens in (15_000_000_000_000, 999_999_999_999):
         save(tmp_path, tokens, Alone())
-    assert newest_valid(tmp_path) == tmp_path / "tokens-15000000000000"
+    newest = open_newest(tmp_path)
+    assert newest is not None and newest.folder == tmp_path / "tokens-15000000000000"
