@@ -133,3 +133,25 @@ def test_sigterm_to_one_rank_saves_and_the_rerun_resumes(workplace: Path, uninte
     assert (run / "checkpoints" / f"tokens-{stopped * 8 * 64:012d}" / "manifest.json").exists()
     braid(*command, cwd=workplace)
     assert facts(curve(run)) == facts(uninterrupted[1, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (3, 2)])
+def test_many_kills_in_the_precision_of_real_runs(workplace: Path, stage: int, ranks: int) -> None:
+    """bfloat16 compute and residual with recomputed blocks, killed again and again at random steps, saves included."""
+    precision = [
+        "training.compute_dtype=bfloat16",
+        "training.residual_dtype=bfloat16",
+        "training.checkpoint_blocks=true",
+    ]
+    often = [*dtypes, "training.checkpoint_blocks=true", f"checkpoints.every_tokens={2 * 8 * 64}"]
+    braid(*arguments(f"steady-{stage}", stage, ranks, *often), cwd=workplace)
+    command = arguments(f"battered-{stage}", stage, ranks, *often)
+    run = workplace / "runs" / f"battered-{stage}"
+    generator = random.Random(stage)
+    for _ in range(6):
+        process = start(*command, cwd=workplace)
+        wait_for_step(process, run, len(curve(run)) + generator.randint(1, 4))
+        kill_group(process)
+    braid(*command, cwd=workplace)
+    assert facts(curve(run)) == facts(curve(workplace / "runs" / f"steady-{stage}"))
