@@ -139,11 +139,7 @@ def test_sigterm_to_one_rank_saves_and_the_rerun_resumes(workplace: Path, uninte
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (3, 2)])
 def test_many_kills_in_the_precision_of_real_runs(workplace: Path, stage: int, ranks: int) -> None:
     """bfloat16 compute and residual with recomputed blocks, killed again and again at random steps, saves included."""
-    precision = [
-        "training.compute_dtype=bfloat16",
-        "training.residual_dtype=bfloat16",
-        "training.checkpoint_blocks=true",
-    ]
+    dtypes = ["training.compute_dtype=bfloat16", "training.residual_dtype=bfloat16"]
     often = [*dtypes, "training.checkpoint_blocks=true", f"checkpoints.every_tokens={2 * 8 * 64}"]
     braid(*arguments(f"steady-{stage}", stage, ranks, *often), cwd=workplace)
     command = arguments(f"battered-{stage}", stage, ranks, *often)
