@@ -6,7 +6,8 @@ the [generation] section of the run's recipe.
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
+
+from launch.commands.arguments import find_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +36,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
-
-
-def find_run(name: str) -> Path:
-    """The run folder, given its path or its name in runs/. Raises ValueError when there is none."""
-    for folder in (Path(name), Path("runs") / name):
-        if folder.is_dir():
-            return folder
-    runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.json"))
-    there = f"runs/ has {', '.join(runs)}" if runs else "there is none in runs/ yet, braid train makes one"
-    raise ValueError(f"run: got {name!r}, wants a run folder or its name; {there}")

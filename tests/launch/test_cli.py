@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from launch.commands.generate import find_run
+from launch.commands.arguments import find_run
 from launch.recipes import FOLDER, find_recipe, shipped
 from train import mistakes
 
