@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "raw text to tokenizer and token shards; resumable",
     "train": "train the recipe's model, or resume it where it stopped",
     "generate": "continue a prompt with a trained run",
+    "export": "publish a run as a Hugging Face folder",
 }
 """Name of a command, which is that of its module in launch/commands/, and what it does."""
 

@@ -11,10 +11,13 @@ from model.weights.reader import Checkpoint
 from train.checkpoint.transaction import open_newest
 
 
-def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, Tokenizer, Checkpoint]:
+def load_run(
+    run: Path, precision: Precision = Precision(), device: str | None = None
+) -> tuple[HybridLM, Tokenizer, Checkpoint]:
     """The model of a run's newest checkpoint and its tokenizer, checked to be the one that it was trained with.
 
-    run: a run folder, or one checkpoint folder of it. Raises ValueError when either is missing or does not match.
+    run: a run folder, or one checkpoint folder of it. device: a GPU where there is one unless given. Raises ValueError
+    when either is missing or does not match.
     """
     if not run.is_dir():
         raise ValueError(f"run: {run} is no folder, wants a run such as runs/quickstart")
@@ -29,5 +32,5 @@ def load_run(run: Path, precision: Precision = Precision()) -> tuple[HybridLM, T
         raise ValueError(
             f"tokenizer: {path} has SHA-256 {tokenizer.sha256[:12]}, the run was trained with {saved['sha256'][:12]}"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(checkpoint, precision, device), tokenizer, checkpoint
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(checkpoint, precision, device or automatic), tokenizer, checkpoint

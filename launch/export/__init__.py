@@ -1,0 +1,1 @@
+"""Publishing a run as a Hugging Face folder: `braid export`."""
