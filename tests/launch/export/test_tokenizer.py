@@ -29,13 +29,14 @@ def test_sentencepiece_models_of_other_makers(kind: str, rules: str, tmp_path: P
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CORPUS, " ".join(string.printable.split()[0]) * 50]),
+        sentence_iterator=iter(CORPUS),
         model_writer=model,
         model_type=kind,
-        vocab_size=380,
+        vocab_size=450,
         byte_fallback=True,
         normalization_rule_name=rules,
         hard_vocab_limit=False,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
         minloglevel=3,
     )
     path = tmp_path / "other.model"
