@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-gib", type=float, default=5.0, metavar="X", help="largest weight file, in GiB (default: 5)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that was exported before")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         dtype=getattr(torch, arguments.dtype),
         shard_gib=arguments.shard_gib,
+        overwrite=arguments.overwrite,
     )
     kind = "transformers' own NemotronH" if done.format == "nemotron_h" else "with its own modeling code"
     print(f"{done.folder}: {done.bytes / 2**20:,.1f} MiB, {kind}")

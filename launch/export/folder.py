@@ -23,6 +23,7 @@ from model.hf import nemotron_h
 from model.hybrid import HybridLM
 from model.weights.reader import Checkpoint
 
+RECIPE = "training_recipe.json"
 Format = Literal["auto", "braid", "nemotron_h"]
 
 
@@ -37,15 +38,19 @@ class Published:
     bytes: int
 
 
-def export(run: Path, folder: Path, *, format: Format, dtype: torch.dtype, shard_gib: float) -> Published:
-    """Publishes a run's newest checkpoint (or the checkpoint folder `run`) in `folder`, which must not exist yet.
+def export(
+    run: Path, folder: Path, *, format: Format, dtype: torch.dtype, shard_gib: float, overwrite: bool = False
+) -> Published:
+    """Publishes a run's newest checkpoint (or the checkpoint folder `run`) in `folder`.
 
     format: "auto" takes NemotronH's class where it can express the braid, else the project's own code. dtype: of the
-    matrices; vectors stay float32. shard_gib: size of a weight file, at most. Raises ValueError when the format cannot
-    express the braid, or what was written does not compute what the run computes.
+    matrices; vectors stay float32. shard_gib: size of a weight file, at most. overwrite: replace a folder that was
+    exported before. Raises ValueError when the folder exists, the format cannot express the braid, or what was written
+    does not compute what the run computes.
     """
-    if folder.exists():
-        raise ValueError(f"DIR: {folder} exists already, wants a new folder")
+    if folder.exists() and not (overwrite and (folder / RECIPE).is_file()):
+        wants = f"a new folder, or one that holds {RECIPE}" if overwrite else "a new folder, or --overwrite"
+        raise ValueError(f"DIR: {folder} exists already, wants {wants}")
     model, tokenizer, checkpoint = load_run(run, device="cpu")
     why = nemotron_h.obstacle(model.config)
     if format == "nemotron_h" and why is not None:
@@ -75,7 +80,11 @@ def _staged(folder: Path) -> Iterator[Path]:
     staged.mkdir()
     try:
         yield staged
+        old = staged.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
         staged.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -167,7 +176,7 @@ def _write_papers(
         results=results_of(run, checkpoint.folder.name),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "training_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

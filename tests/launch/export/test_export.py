@@ -81,7 +81,13 @@ def test_nothing_is_written_by_hand_or_left_out(published: tuple[str, Path, Path
 def test_weights_in_shards_and_bfloat16(tmp_path: Path):
     """Breaks when big models or bfloat16 weights come out wrong. NemotronH cannot tie: the head is written too."""
     run = make_run(tmp_path / "run", nemotron_like(tie_embeddings=True))
-    done = publish(run, tmp_path / "out", dtype=torch.bfloat16, shard_gib=20 / 2**20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training_recipe.json").write_text("{}")
+    (tmp_path / "out" / "old.safetensors").write_text("")
+    done = publish(run, tmp_path / "out", dtype=torch.bfloat16, shard_gib=20 / 2**20, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"} and not (
+        done.folder / "old.safetensors"
+    ).exists()
     files = sorted(done.folder.glob("model-*.safetensors"))
     index = json.loads((done.folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(files) > 1 and set(index.values()) == {path.name for path in files}
@@ -132,6 +138,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys):
 
     (tmp_path / "full").mkdir()
     assert "exists already" in refused(run, tmp_path / "full")
+    assert "training_recipe.json" in refused(run, tmp_path / "full", "--overwrite")
     said = refused(run, tmp_path / "new", "--format", "nemotron_h")
     assert "layer 'f' (attention) has a window of 6 tokens" in said and "--format braid" in said
     assert "--shard-gib" in refused(run, tmp_path / "new", "--shard-gib", "0")
