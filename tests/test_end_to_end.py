@@ -80,6 +80,8 @@ def test_two_ranks_finish_too(workplace: Path, trained: Path) -> None:
     ours, theirs = curve(workplace / "runs" / "two"), curve(trained)
     assert [line["batch_hash"] for line in ours] == [line["batch_hash"] for line in theirs]
     assert abs(ours[-1]["loss"] - theirs[-1]["loss"]) < 1e-4
+    braid("train", "tiny", "--nproc", "2", "name=two", cwd=workplace)
+    assert curve(workplace / "runs" / "two") == ours, "a finished run is left as it is, by all ranks"
 
 
 def test_weights_and_biases_offline(workplace: Path) -> None:

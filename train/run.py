@@ -67,7 +67,7 @@ class Run:
     def reported(self) -> bool:
         """Whether the last validation of a finished run has been written down."""
         last = self.metrics.last_event("finished")
-        return bool(self.mesh.first(lambda: last is not None and last["step"] == self.clock.step))
+        return self.mesh.any(last is not None and last["step"] == self.clock.step)
 
     @property
     def finished(self) -> bool:
