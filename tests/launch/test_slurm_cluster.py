@@ -1,0 +1,69 @@
+"""A job that `braid launch slurm` wrote, in a real Slurm of two nodes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cluster import Cluster, slurm, why_not_here
+from tests.train.runs import braid, curve, events, write_corpus
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(why_not_here() is not None, reason=f"no Slurm can be started here: {why_not_here()}"),
+]
+
+STEPS = 120
+RECIPE = ("tiny", f"training.tokens={STEPS * 512}", "checkpoints.every_tokens=10_240", "evaluation.max_tokens=512")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with slurm() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data, in a folder whose name has to be quoted."""
+    folder = tmp_path_factory.mktemp("it's a 100% cluster")
+    write_corpus(folder / "corpus")
+    braid("prepare", "tiny", cwd=folder)
+    return folder
+
+
+def numbers(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["batch_hash"]) for line in curve(run)]
+
+
+def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_on_the_same_curve(cluster: Cluster, folder: Path):
+    """The signal is the one that Slurm sends before a time limit: SIGUSR1 to the batch shell alone."""
+    run = folder / "runs/requeued"
+    job = cluster.launch(*RECIPE, "name=requeued", "--time", "1:00:00", cwd=folder)
+    cluster.wait(job, "at step 5", lambda: len(curve(run)) >= 5)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, "requeued", lambda: cluster.job(job)["Restarts"] == "1")
+    stopped = len(curve(run))
+    assert 5 <= stopped < STEPS, "the run was over before the signal came"
+    braid("launch", "local", *RECIPE, "name=whole", "--nproc", "2", cwd=folder)
+    end = cluster.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert [(event["step"], event["ranks"]) for event in events(run, "resumed")] == [(stopped, 2)]
+    assert not events(run, "lock_taken"), "the first start left without giving the lock back"
+    assert numbers(run) == numbers(folder / "runs/whole")
+    log = (run / f"slurm-{job}.out").read_text()
+    assert f"start 0 on 127.0.0.[1-2], rank 0 at 127.0.0.1:{20000 + int(job)}, newest checkpoint: none" in log
+    assert f"start 1 on 127.0.0.[1-2], rank 0 at 127.0.0.1:{20000 + int(job)}, newest checkpoint: tokens-" in log
+
+
+def test_scancel_saves_and_ends_the_job_for_good(cluster: Cluster, folder: Path):
+    run = folder / "runs/cancelled"
+    job = cluster.launch(*RECIPE, "name=cancelled", "training.tokens=1_000_000_000", cwd=folder)
+    cluster.wait(job, "at step 5", lambda: len(curve(run)) >= 5)
+    cluster.run("scancel", job)
+    end = cluster.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("CANCELLED", "75:0", "0")
+    last = events(run, "saved")[-1]
+    assert last["step"] == len(curve(run))
+    assert (run / "checkpoints" / last["checkpoint"] / "manifest.json").exists()
+    assert not (run / "lock.json").exists()
