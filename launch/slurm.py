@@ -286,7 +286,7 @@ def _ranks(job: Job) -> Iterator[str]:
     words = [_quoted(Path(sys.executable), resolve=False), "-m", "train", _quoted(job.recipe)]
     if cpus:
         yield "# srun does not take the job's --cpus-per-task by itself."
-    yield f"srun {cpus}--kill-on-bad-exit=0 --wait=300 \\"
+    yield f"srun {cpus}--kill-on-bad-exit=0 --wait=600 \\"
     yield f"    {' '.join(words)} " + "".join(f"\\\n    {shlex.quote(text)} " for text in job.overrides) + "&"
 
 
@@ -318,8 +318,10 @@ trap 'heard=USR1 time_is_up=yes
     [ -z "$srun_pid" ] || kill -USR1 "$srun_pid"' USR1 # srun passes it on to every rank
 trap 'heard=TERM time_is_up=no' TERM
 
-# A rank that fails does not end the others at once, because ranks that have saved do not leave at the same moment
-# either; five minutes after the first has left, the others are ended. srun's exit code is the highest of theirs."""
+# A rank that fails does not end the others at once: ranks that have saved do not leave at the same moment either. Those
+# still there ten minutes after the first has left are ended. That is longer than Slurm needs to notice a dead node
+# (SlurmdTimeout, 300 s): a job that ended before would fail, where Slurm requeues it. srun's exit code is the highest
+# of the ranks'."""
 
 AFTER = """\
 srun_pid=$!

@@ -5,14 +5,13 @@ The nodes are named by loopback addresses, so that a job finds the first one by 
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -89,6 +88,14 @@ class Cluster:
         words = self.run("scontrol", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def kill_tasks(self, node: str) -> None:
+        """Kills the ranks on a node and what watches over them, as a power cut would."""
+        here = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURMD_NODENAME": node}
+        tasks = [process for process in psutil.process_iter() if here.items() <= _environ(process).items()]
+        assert tasks, f"no job runs on {node}"
+        for process in [task.parent() for task in tasks] + tasks:
+            process.kill()
+
     def wait(self, number: str, what: str, ready: Callable[[], bool], timeout_s: float = 120) -> None:
         """Returns when `ready()`; fails, with what the job and Slurm have said, when that takes too long."""
         deadline = time.monotonic() + timeout_s
@@ -160,11 +167,16 @@ def _wait_until(ready: Callable[[], bool], folder: Path, timeout_s: float = 60) 
 def _kill_all(config: str) -> None:
     """Kills what jobs have left behind: every process that was started for this cluster."""
     for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == config:
-                process.send_signal(signal.SIGKILL)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+        if process.pid != os.getpid() and _environ(process).get("SLURM_CONF") == config:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _environ(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
 
 
 def _free_ports(number: int) -> list[int]:

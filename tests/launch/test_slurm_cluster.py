@@ -1,11 +1,12 @@
 """A job that `braid launch slurm` wrote, in a real Slurm of two nodes."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launch.cluster import Cluster, slurm, why_not_here
+from tests.launch.cluster import NODES, Cluster, slurm, why_not_here
 from tests.train.runs import braid, curve, events, write_corpus
 
 pytestmark = [
@@ -67,3 +68,37 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster: Cluster, folder: Path)
     assert last["step"] == len(curve(run))
     assert (run / "checkpoints" / last["checkpoint"] / "manifest.json").exists()
     assert not (run / "lock.json").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_does_not_end_the_run(cluster: Cluster, folder: Path):
+    """Its rank dies, the other one fails; srun holds the job until Slurm knows of the node and requeues the job."""
+    run = folder / "runs/failed"
+    job = cluster.launch(*RECIPE, "name=failed", "training.tokens=1_000_000_000", cwd=folder)
+    cluster.wait(job, "saved", lambda: any((run / "checkpoints").glob("tokens-*")))
+    cluster.kill_tasks(NODES[1])
+    log = run / f"slurm-{job}.out"
+    cluster.wait(job, "failed on the other node", lambda: "task 0: Exited with exit code 1" in log.read_text())
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
+    cluster.wait(job, "requeued", lambda: cluster.job(job)["Restarts"] == "1")
+    cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+    cluster.wait(job, "resumed", lambda: bool(events(run, "resumed")))
+    cluster.run("scancel", job)
+    assert cluster.wait_for_end(job)["JobState"] == "CANCELLED"
+    assert events(run, "resumed")[0]["step"] > 0
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_requeues_the_job(cluster: Cluster, folder: Path):
+    """Slurm's own clock, which looks every 30 s and counts in minutes: the signal comes 30 to 60 s after the start."""
+    run = folder / "runs/limited"
+    job = cluster.launch(
+        *RECIPE, "name=limited", "training.tokens=1_000_000_000", "--time", "2", "--signal-before", "60", cwd=folder
+    )
+    cluster.wait(job, "requeued", lambda: cluster.job(job)["Restarts"] == "1", timeout_s=180)
+    cluster.wait(job, "resumed", lambda: bool(events(run, "resumed")))
+    assert events(run, "stopping")[0]["signal"] == signal.SIGUSR1
+    assert events(run, "resumed")[0]["step"] == events(run, "stopping")[0]["step"]
+    cluster.run("scancel", job)
+    cluster.wait_for_end(job)
