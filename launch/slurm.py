@@ -325,6 +325,7 @@ trap 'heard=TERM time_is_up=no' TERM
 
 AFTER = """\
 srun_pid=$!
+[ "$time_is_up" = no ] || kill -USR1 "$srun_pid" # the signal came before srun was there
 
 # A signal interrupts `wait`, whose code is then the signal's: wait again for that of srun.
 while
