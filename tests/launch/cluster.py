@@ -85,8 +85,10 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm says about a job: JobState, Restarts, ExitCode and others."""
-        words = self.run("scontrol", "show", "job", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        said = self.run("scontrol", "show", "job", number)
+        words = dict(word.split("=", 1) for word in said.split() if "=" in word)
+        lines = dict(line.strip().split("=", 1) for line in said.splitlines() if "=" in line)
+        return words | {key: lines[key] for key in ("StdOut", "Comment") if key in lines}
 
     def kill_tasks(self, node: str) -> None:
         """Kills the ranks on a node and what watches over them, as a power cut would."""

@@ -22,7 +22,7 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$FAKE/arguments"
 env >"$FAKE/environment"
 pwd >"$FAKE/folder"
-trap 'exit "$FAKE_CODE"' USR1 TERM
+trap 'sleep 0.2; exit "$FAKE_CODE"' USR1 TERM # the real one waits for the ranks
 echo ready >"$FAKE/ready"
 [ -n "$FAKE_WAITS" ] || exit "$FAKE_CODE"
 while :; do sleep 0.02; done

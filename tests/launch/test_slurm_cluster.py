@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cluster import NODES, Cluster, slurm, why_not_here
+from tests.launch.cluster import NODES, Cluster, slurm
 from tests.train.runs import braid, curve, events, write_corpus
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(why_not_here() is not None, reason=f"no Slurm can be started here: {why_not_here()}"),
-]
+pytestmark = pytest.mark.slurm
 
 STEPS = 120
 RECIPE = ("tiny", f"training.tokens={STEPS * 512}", "checkpoints.every_tokens=10_240", "evaluation.max_tokens=512")
@@ -59,7 +56,9 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_on_the_same_curv
 
 def test_scancel_saves_and_ends_the_job_for_good(cluster: Cluster, folder: Path):
     run = folder / "runs/cancelled"
-    job = cluster.launch(*RECIPE, "name=cancelled", "training.tokens=1_000_000_000", cwd=folder)
+    options = ("name=cancelled", "training.tokens=1_000_000_000", "--sbatch", 'comment=it\'s "mine" # here')
+    job = cluster.launch(*RECIPE, *options, cwd=folder)
+    assert cluster.job(job)["Comment"] == 'it\'s "mine" # here', "sbatch does not read quotes as the script writes them"
     cluster.wait(job, "at step 5", lambda: len(curve(run)) >= 5)
     cluster.run("scancel", job)
     end = cluster.wait_for_end(job)
@@ -68,6 +67,14 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster: Cluster, folder: Path)
     assert last["step"] == len(curve(run))
     assert (run / "checkpoints" / last["checkpoint"] / "manifest.json").exists()
     assert not (run / "lock.json").exists()
+
+
+def test_what_slurm_refuses_is_one_line(cluster: Cluster, folder: Path):
+    with pytest.raises(
+        AssertionError, match="exited 2: braid: error: sbatch: .*partition.*; the script is "
+    ) as refused:
+        cluster.launch(*RECIPE, "name=refused", "--partition", "nowhere", cwd=folder)
+    assert str(refused.value).count("\n") == 1
 
 
 @pytest.mark.slow
