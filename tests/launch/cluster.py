@@ -167,11 +167,15 @@ def _wait_until(ready: Callable[[], bool], folder: Path, timeout_s: float = 60) 
 
 
 def _kill_all(config: str) -> None:
-    """Kills what jobs have left behind: every process that was started for this cluster."""
-    for process in psutil.process_iter():
-        if process.pid != os.getpid() and _environ(process).get("SLURM_CONF") == config:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    """Kills what jobs have left behind: every process that was started for this cluster, and the slurmstepd above it,
+    which has no environment of its own any more."""
+    left = [process for process in psutil.process_iter() if _environ(process).get("SLURM_CONF") == config]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            parent = process.parent()
+            if parent is not None and parent.name() == "slurmstepd":
+                parent.kill()
+            process.kill()
 
 
 def _environ(process: psutil.Process) -> dict[str, str]:

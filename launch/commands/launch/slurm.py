@@ -23,9 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of a rank, and its OMP_NUM_THREADS")
     job = parser.add_argument_group("the job")
     job.add_argument("--time", metavar="HH:MM:SS", help="time limit of one start (default: the partition's)")
-    job.add_argument("--partition", metavar="P")
-    job.add_argument("--account", metavar="A")
-    job.add_argument("--qos", metavar="Q")
+    job.add_argument("--partition", metavar="P", help="where it queues (default: the cluster's)")
+    job.add_argument("--account", metavar="A", help="who pays")
+    job.add_argument("--qos", metavar="Q", help="quality of service")
     job.add_argument(
         "--signal-before",
         type=int,
