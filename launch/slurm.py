@@ -193,7 +193,7 @@ def _limit(job: Job) -> str:
     if job.time is None:
         return "as long as the partition allows"
     minutes = -(-seconds(job.time) // 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min at a time"
+    return f"{minutes // 60} h {minutes % 60:02d} min a start"
 
 
 def _head(job: Job) -> list[str]:
@@ -283,15 +283,18 @@ def _settings(job: Job) -> Iterator[str]:
 
 def _ranks(job: Job) -> Iterator[str]:
     cpus = '--cpus-per-task="$SLURM_CPUS_PER_TASK" ' if job.shape.cpus_per_task is not None else ""
-    words = [_quoted(Path(sys.executable), resolve=False), "-m", "train", _quoted(job.recipe)]
     if cpus:
-        yield "# srun does not take the job's --cpus-per-task by itself."
+        yield "# srun has to be told the --cpus-per-task of the job."
     yield f"srun {cpus}--kill-on-bad-exit=0 --wait=600 \\"
-    yield f"    {' '.join(words)} " + "".join(f"\\\n    {shlex.quote(text)} " for text in job.overrides) + "&"
+    yield (
+        f"    {shlex.quote(sys.executable)} -m train {_quoted(job.recipe)} "
+        + "".join(f"\\\n    {shlex.quote(text)} " for text in job.overrides)
+        + "&"
+    )
 
 
-def _quoted(path: Path, resolve: bool = True) -> str:
-    return shlex.quote(os.path.abspath(path) if resolve else str(path))
+def _quoted(path: Path) -> str:
+    return shlex.quote(os.path.abspath(path))
 
 
 RENDEZVOUS = """\
@@ -304,7 +307,7 @@ export MASTER_ADDR MASTER_PORT
 say() { echo "job $SLURM_JOB_ID, $(date '+%F %T'): $*"; }
 newest_checkpoint() {
     local newest
-    newest=$(find "$run/checkpoints" -maxdepth 1 -name 'tokens-*' -printf '%f\n' 2>/dev/null | sort -V | tail -n 1)
+    newest=$(find "$run/checkpoints" -maxdepth 1 -name 'tokens-*' -printf '%f\\n' 2>/dev/null | sort -V | tail -n 1)
     echo "${newest:-none}"
 }
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT," \\
