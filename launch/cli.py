@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train the recipe's model, or resume it where it stopped",
     "launch": "start a run's ranks: here under torchrun's agent, or as a Slurm job",
     "generate": "continue a prompt with a trained run",
+    "report": "one page of curves about a run, or several side by side",
     "export": "publish a run as a Hugging Face folder",
 }
 """Name of a command, which is that of its module in launch/commands/, and what it does. A command that has commands of
