@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from train.mistakes import describe
+from train.rank import die_with_launcher, explained, report
 from train.stop import EXIT_USER_ERROR
 
 COMMANDS = {
     "prepare": "raw text to tokenizer and token shards; resumable",
     "train": "train the recipe's model, or resume it where it stopped",
     "generate": "continue a prompt with a trained run",
+    "eval": "score a run: lm-eval tasks, built-in probes, perplexity by length",
+    "lm-eval": "lm-eval's own command line, which knows --model braid",
 }
-"""Name of a command, which is that of its module in launch/commands/, and what it does."""
+"""Name of a command, which is that of its module in launch/commands/ (with _ for -), and what it does."""
 
 HELP = """\
 usage: braid COMMAND [ARGUMENTS]
@@ -44,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `braid ARGUMENTS` and returns its exit code."""
+    if "RANK" in os.environ:
+        die_with_launcher()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
@@ -53,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         line = describe(error)
+        if line is None and explained():
+            return 1
         if line is None:
             raise
-        print(f"braid: error: {line}", file=sys.stderr)
+        report(line)
         return EXIT_USER_ERROR
 
 
@@ -69,7 +76,9 @@ def _run(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"wants one of {', '.join(COMMANDS)}"
         raise ValueError(f"command: got {name!r}; {hint}")
-    command = importlib.import_module(f"launch.commands.{name}")
+    command = importlib.import_module(f"launch.commands.{name.replace('-', '_')}")
+    if hasattr(command, "forward"):
+        return command.forward(rest)
     parser = Parser(
         prog=f"braid {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

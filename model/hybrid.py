@@ -49,6 +49,15 @@ class ModelOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class Hidden(NamedTuple):
+    """What the head reads. x: (B, T or 1, D), normalised, in the compute dtype. The rest as in `ModelOutput`."""
+
+    x: Tensor
+    state: ModelState | None
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
 class Norm(nn.Module):
     """RMSNorm with float32 statistics."""
 
@@ -183,6 +192,23 @@ class HybridLM(nn.Module):
         """tokens: (B, T) int64. starts: (B, T) bool, True where a document begins. targets: (B, T) int64, -100 where
         nothing is predicted. state: what came before. carry: return the state after the last token. last_only: logits
         of the last token alone. clock: tokens trained so far. noise: key of this step's randomness."""
+        hidden = self.hidden(tokens, starts, state=state, carry=carry, last_only=last_only, clock=clock, noise=noise)
+        result = self.head(hidden.x, targets)
+        nll, logits = (None, result) if targets is None else (result, None)
+        return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        *,
+        state: ModelState | None = None,
+        carry: bool = False,
+        last_only: bool = False,
+        clock: int = 0,
+        noise: NoiseKey | None = None,
+    ) -> Hidden:
+        """All of `forward` but the head, for those who need logits of a few tokens only: `model.head(x)` of these."""
         documents = Documents.from_starts(starts, None if state is None else state.position)
         x = self.embedding(tokens, dtype=self.precision.residual)
         ctx = Context(
@@ -206,9 +232,7 @@ class HybridLM(nn.Module):
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
         x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
-        result = self.head(x, targets)
-        nll, logits = (None, result) if targets is None else (result, None)
-        return ModelOutput(nll, logits, after, losses, metrics)
+        return Hidden(x, after, losses, metrics)
 
     def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
         if self.recompute and torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """Arguments that commands share."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -24,3 +25,9 @@ def find_run(name: str) -> Path:
     runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.json"))
     there = f"runs/ has {', '.join(runs)}" if runs else "there is none in runs/ yet, braid train makes one"
     raise ValueError(f"run: got {name!r}, wants a run folder or its name; {there}")
+
+
+def require_lm_eval() -> None:
+    """Raises ValueError when lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed, and evaluation needs it: pip install 'braid[eval]'")
