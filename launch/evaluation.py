@@ -128,8 +128,8 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path] | None:
 
     What can be wrong is found before anything takes long. Raises ValueError for a user's mistake.
     """
+    found = _tasks(options)
     with open_mesh() as mesh:
-        found = mesh.together(lambda: _tasks(options))
         opened = open_checkpoint(mesh, options.run, options.checkpoint, options.dtype)
         trained = opened.recipe.training.sequence_length
         lengths = options.row_lengths(trained)
@@ -235,18 +235,27 @@ def _results(
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    """Beside what earlier evaluations of the same checkpoint have found; what is measured again replaces it."""
+    """Beside what earlier evaluations of the same checkpoint have found. What is measured again replaces it, but a
+    part of a task (`--limit`) does not replace the whole."""
     merged = dict(results)
-    if path.exists():
-        try:
-            before = read_json(path)
-            if (before["checkpoint"], before["tokens"]) == (results["checkpoint"], results["tokens"]):
-                merged["tasks"] = before["tasks"] | results["tasks"]
-                merged["info"] = before["info"] | results["info"]
-                merged["perplexity"] = results["perplexity"] or before["perplexity"]
-        except (DataError, KeyError, TypeError):
-            pass  # not ours: replaced
+    before = _earlier(path)
+    if (before.get("checkpoint"), before.get("tokens")) == (results["checkpoint"], results["tokens"]):
+        whole = {task for task, info in before["info"].items() if info["limit"] is None}
+        kept = whole if any(info["limit"] is not None for info in results["info"].values()) else set()
+        for key in ("tasks", "info"):
+            merged[key] = before[key] | {task: value for task, value in results[key].items() if task not in kept}
+        merged["perplexity"] = results["perplexity"] or before["perplexity"]
     write_json(path, merged)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """What an evaluation has written there; nothing where there is no such file."""
+    try:
+        found = read_json(path)
+    except DataError:
+        return {}
+    complete = isinstance(found, dict) and {"tasks", "info", "perplexity"} <= found.keys()
+    return found if complete else {}
 
 
 def _write_samples(folder: Path, scores: TaskScores) -> None:
