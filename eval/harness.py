@@ -8,7 +8,8 @@ and its tokens, a continuation is what its text adds to the tokens of the contex
 There is exactly one bos. (For rolling log-likelihoods the `hf` model puts a second one in front and scores it too,
 unless it is told `add_bos_token=False`.) What is longer than `max_length` tokens loses its beginning, bos included.
 
-Requests are sorted by length and cut into batches; ranks take batches in turn and share the answers, so each rank
+A context that several requests share, as the choices of an item do, is read once, and its recurrent state goes on with
+each. Requests are sorted by length and cut into batches; ranks take batches in turn and share the answers, so each rank
 returns all of them. lm-eval sees one process. Answers depend neither on the order of requests nor on the number of
 ranks, and on the size of batches only by rounding.
 
@@ -31,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from model.generate import Sampling, generate
-from model.hybrid import HybridLM
+from model.generate import Sampling, generate, pad_left
+from model.hybrid import Hidden, HybridLM
 from model.ops.head import CHUNK
 
 Item = TypeVar("Item")
@@ -71,6 +72,11 @@ class Scored:
 
     inputs: list[int]
     targets: list[int]
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What is read before the first target."""
+        return tuple(self.inputs[: len(self.inputs) - len(self.targets) + 1])
 
 
 class BraidLM(TemplateLM):
@@ -227,26 +233,76 @@ class BraidLM(TemplateLM):
         return [answers[index] for index in range(len(items))]
 
     def _score(self, rows: list[Scored], what: str) -> list[tuple[float, bool]]:
-        wanted = [row for row in rows if row.targets]
-        batches = self._batches(range(len(wanted)), lambda index: len(wanted[index].inputs))
-        answers = iter(self._share(wanted, batches, self._score_batch, what))
-        return [next(answers) if row.targets else (0.0, True) for row in rows]
+        """Rows with the same context, as the choices of an item have it, are scored together: it is read once."""
+        stems: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.targets:
+                stems.setdefault(row.context, []).append(index)
+        lonely = [members[0] for members in stems.values() if len(members) == 1]
+        shared = [members for members in stems.values() if len(members) > 1]
+        answers = [(0.0, True)] * len(rows)
+        batches = self._batches(range(len(lonely)), lambda place: len(rows[lonely[place]].inputs))
+        found = self._share([rows[index] for index in lonely], batches, self._score_rows, what)
+        for index, answer in zip(lonely, found, strict=True):
+            answers[index] = answer
+        batches = self._batches(range(len(shared)), lambda place: len(rows[shared[place][0]].context))
+        stem_rows = [[rows[index] for index in members] for members in shared]
+        for members, of_stem in zip(shared, self._share(stem_rows, batches, self._score_stems, what), strict=True):
+            for index, answer in zip(members, of_stem, strict=True):
+                answers[index] = answer
+        return answers
 
     @torch.no_grad()
-    def _score_batch(self, rows: list[Scored]) -> list[tuple[float, bool]]:
+    def _score_rows(self, rows: list[Scored]) -> list[tuple[float, bool]]:
         """Rows are padded on the right, where a causal model does not look; the head sees scored tokens alone."""
-        B, T = len(rows), max(len(row.inputs) for row in rows)
-        tokens = torch.full((B, T), self.codec.pad)
-        scored = torch.zeros(B, T, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            end = len(row.inputs)
-            tokens[index, :end] = torch.tensor(row.inputs)
-            scored[index, end - len(row.targets) : end] = True
-        starts = torch.zeros(B, T, dtype=torch.bool)
+        tokens, _ = self._pad_right([row.inputs for row in rows])
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
         starts[:, 0] = True
-        hidden = self.model.hidden(tokens.to(self.device), starts.to(self.device), clock=self.clock).x
+        hidden = self.model.hidden(tokens, starts, clock=self.clock).x
+        return self._judge(
+            [h[: len(row.inputs)][-len(row.targets) :] for h, row in zip(hidden, rows, strict=True)], rows
+        )
+
+    @torch.no_grad()
+    def _score_stems(self, stems: list[list[Scored]]) -> list[list[tuple[float, bool]]]:
+        """The rows of each stem have one context, which is read once; its state goes on with each of them."""
+        tokens, starts = pad_left([rows[0].context for rows in stems])
+        read = self.model.hidden(
+            tokens.to(self.device), starts.to(self.device), carry=True, last_only=True, clock=self.clock
+        )
+        assert read.state is not None
+        rows = [(owner, row) for owner, stem in enumerate(stems) for row in stem]
+        answers: list[list[tuple[float, bool]]] = [[] for _ in stems]
+        for start in range(0, len(rows), self.batch_rows):
+            owners, part = zip(*rows[start : start + self.batch_rows], strict=True)
+            hidden = self._go_on(read, torch.tensor(owners, device=self.device), [row.targets[:-1] for row in part])
+            found = self._judge([h[: len(row.targets)] for h, row in zip(hidden, part, strict=True)], part)
+            for owner, answer in zip(owners, found, strict=True):
+                answers[owner].append(answer)
+        return answers
+
+    def _go_on(self, read: Hidden, owners: Tensor, inputs: list[list[int]]) -> Tensor:
+        """What the head reads after the last token of each row's context and after each of its `inputs`."""
+        first = read.x[owners]
+        tokens, longest = self._pad_right(inputs)
+        if not longest:
+            return first
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+        assert read.state is not None
+        after = self.model.hidden(tokens, starts, state=read.state.rows(owners), clock=self.clock).x
+        return torch.cat([first, after], dim=1)
+
+    def _pad_right(self, rows: Sequence[list[int]]) -> tuple[Tensor, int]:
+        longest = max(map(len, rows))
+        tokens = torch.full((len(rows), longest), self.codec.pad)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        return tokens.to(self.device), longest
+
+    def _judge(self, hidden: list[Tensor], rows: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """hidden: of each row, (number of its targets, D)."""
         targets = torch.tensor([target for row in rows for target in row.targets], dtype=torch.int64)
-        values, best = self._log_probabilities(hidden[scored.to(self.device)], targets.to(self.device))
+        values, best = self._log_probabilities(torch.cat(hidden), targets.to(self.device))
         answers, at = [], 0
         for row in rows:
             part = slice(at, at + len(row.targets))

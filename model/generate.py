@@ -63,7 +63,7 @@ def generate(
     device = next(model.parameters()).device
     seeds = [seed] if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(number) for number in seeds]
-    tokens, starts = _pad_left(prompts)
+    tokens, starts = pad_left(prompts)
     logits, state = _advance(model, tokens.to(device), starts.to(device), None)
     alive = [True] * len(prompts)
     for produced in range(max_tokens):
@@ -76,7 +76,8 @@ def generate(
         logits, state = _advance(model, step, torch.zeros_like(step, dtype=torch.bool), state)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and starts, (B, T), of prompts that end together. Padding is a document of its own."""
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     starts = torch.zeros(len(prompts), longest, dtype=torch.bool)

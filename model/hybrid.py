@@ -37,6 +37,10 @@ class ModelState(NamedTuple):
     layers: tuple[Any, ...]
     position: Tensor
 
+    def rows(self, chosen: Tensor) -> "ModelState":
+        """The state of these rows, (b,) int64; a row may be chosen often."""
+        return _rows(self, chosen)
+
 
 class ModelOutput(NamedTuple):
     """nll: (B, T) float32, 0 where nothing is predicted; None without targets. logits: (B, T or 1, V) float32; None
@@ -238,6 +242,16 @@ class HybridLM(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
         return block(x, ctx=ctx, state=state)
+
+
+def _rows(state: Any, chosen: Tensor) -> Any:
+    """States are named tuples of tensors that have a row for each row of the batch, of None and of such tuples."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state[chosen]
+    parts = [_rows(part, chosen) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def _add_losses(total: dict[str, Tensor], more: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from model.hybrid import HybridLM, Precision
 from tests.data.corpus import text
 from tests.model.test_hybrid import built, samba
 
-PAIRS = [
+PAIRS = [  # the first three share their context
     ("def index(self):", " return value"),
     ("def index(self):", " return name"),
+    ("def index(self):", " value if name else print(index)\n"),
     ("", "import print"),
     ("if value  ", "else"),  # spaces at the end belong to the continuation
     ("for name", "s in value:\n    print(name)"),
