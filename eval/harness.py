@@ -19,8 +19,9 @@ Legend: B rows, T tokens, n scored tokens of all rows, D width, V vocabulary.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -41,6 +42,10 @@ Answer = TypeVar("Answer")
 
 MAX_GEN_TOKS = 256
 """Length of a generated text, in tokens, where neither task nor user names one; that of lm-eval's `hf` model."""
+
+
+RECENT = 16
+"""Texts whose tokens are remembered: the choices of an item come one after the other with the same context."""
 
 
 class Ranks(Protocol):
@@ -108,6 +113,7 @@ class BraidLM(TemplateLM):
         self.model, self.codec, self.max_length, self.batch_rows = model.eval(), tokenizer, max_length, batch_rows
         self.clock, self.ranks = clock, ranks or Alone()
         self.truncated = 0
+        self._encoded = lru_cache(RECENT)(tokenizer.encode)
         self._device = next(model.parameters()).device
 
     @property
@@ -133,12 +139,12 @@ class BraidLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, bos first unless `add_special_tokens` is False."""
-        ids = self.codec.encode(string)
-        return ids if add_special_tokens is False else [self.codec.bos, *ids]
+        ids = self._encoded(string)
+        return list(ids) if add_special_tokens is False else [self.codec.bos, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each (context, continuation)."""
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = [self._pair(*request.args) for request in self._watched(requests, "tokens")]
         return self._score([self._cut(*pair) for pair in pairs], "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -146,7 +152,7 @@ class BraidLM(TemplateLM):
         token once, with as much context as fits for those of the last window."""
         windows: list[Scored] = []
         owners: list[int] = []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(self._watched(requests, "tokens")):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 context, predicted = make_disjoint_window(pair)
@@ -165,21 +171,14 @@ class BraidLM(TemplateLM):
         wanted = []
         for request in requests:
             context, arguments = request.args
-            key = json.dumps([context, arguments], sort_keys=True)
+            key = json.dumps([context, arguments], sort_keys=True, default=str)
             wanted.append(self._generation(context, arguments, f"{key} {seen[key]}"))
             seen[key] += 1
-
-        def batches() -> list[list[int]]:
-            groups: dict[Any, list[int]] = {}
-            for index, one in enumerate(wanted):
-                groups.setdefault((one.sampling, one.max_tokens), []).append(index)
-            return [
-                batch
-                for group in groups.values()
-                for batch in self._batches(group, lambda index: len(wanted[index].prompt))
-            ]
-
-        return self._share(wanted, batches(), self._continue, "generations")
+        alike: dict[Any, list[int]] = {}
+        for index, one in enumerate(wanted):
+            alike.setdefault((one.sampling, one.max_tokens), []).append(index)
+        groups = [self._batches(indices, lambda index: len(wanted[index].prompt)) for indices in alike.values()]
+        return self._share(wanted, [batch for group in groups for batch in group], self._continue, "generations")
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """Of (texts, context ids, continuation ids) triples, as lm-eval's own classes pass them."""
@@ -223,7 +222,7 @@ class BraidLM(TemplateLM):
         mine: dict[int, Answer] = {}
         size, rank = self.ranks.size, self.ranks.rank
         total = sum(map(len, batches[rank::size]))
-        with tqdm(total=total, desc=what, unit="", leave=False, disable=None if rank == 0 else True) as bar:
+        with self._bar(total=total, desc=what) as bar:
             for batch in batches[rank::size]:
                 mine |= dict(zip(batch, answer([items[index] for index in batch]), strict=True))
                 bar.update(len(batch))
@@ -232,14 +231,26 @@ class BraidLM(TemplateLM):
             answers |= share
         return [answers[index] for index in range(len(items))]
 
+    def _bar(self, *items: Any, **named: Any) -> tqdm:
+        """On rank 0, and on a terminal alone."""
+        return tqdm(*items, unit="", leave=False, disable=None if self.ranks.rank == 0 else True, **named)
+
+    def _watched(self, requests: list[Instance], what: str) -> Iterator[Instance]:
+        return iter(self._bar(requests, desc=what))
+
     def _score(self, rows: list[Scored], what: str) -> list[tuple[float, bool]]:
-        """Rows with the same context, as the choices of an item have it, are scored together: it is read once."""
+        """Rows with the same context, as the choices of an item have it, are scored together, so that it is read once,
+        where it is longer than they are."""
         stems: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(rows):
             if row.targets:
                 stems.setdefault(row.context, []).append(index)
-        lonely = [members[0] for members in stems.values() if len(members) == 1]
-        shared = [members for members in stems.values() if len(members) > 1]
+        shared, lonely = [], []
+        for context, members in stems.items():
+            if len(members) > 1 and len(context) > max(len(rows[index].targets) for index in members):
+                shared.append(members)
+            else:
+                lonely += members
         answers = [(0.0, True)] * len(rows)
         batches = self._batches(range(len(lonely)), lambda place: len(rows[lonely[place]].inputs))
         found = self._share([rows[index] for index in lonely], batches, self._score_rows, what)

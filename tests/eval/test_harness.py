@@ -105,6 +105,35 @@ def test_batches_and_order_change_nothing(lm: BraidLM, model: HybridLM, tokenize
         assert greedy == expected[index][1]
 
 
+@pytest.mark.parametrize("rows", [2, 16])
+def test_choices_share_the_reading_of_their_context(
+    model: HybridLM, tokenizer: Tokenizer, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two items of four choices each and contexts of unequal length: each context is read once, numbers stay."""
+    lm = BraidLM(model, tokenizer, max_length=64, batch_rows=rows)
+    read: list[int] = []
+    hidden = model.hidden
+
+    def counted(tokens: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        read.append(tokens.numel())
+        return hidden(tokens, *arguments, **named)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    contexts = [LONG[:60].rstrip(), "for value in self.index(name):\n    return"]
+    pairs = [(context, end) for end in (" value", " item name", "\n", " if x:\n  y") for context in contexts]
+    found = lm.loglikelihood(asked("loglikelihood", *pairs))
+    monkeypatch.undo()
+    lengths = [1 + len(tokenizer.encode(context)) for context in contexts]
+    assert lengths[0] != lengths[1]
+    longest = max(len(tokenizer.encode(end)) for _, end in pairs)
+    assert sum(read) <= 2 * max(lengths) + len(pairs) * longest < len(pairs) * min(lengths)
+    for (context, end), (value, greedy) in zip(pairs, found, strict=True):
+        before, whole = tokenizer.encode(context), tokenizer.encode(context + end)
+        expected = oracle(model, [tokenizer.bos, *whole], len(whole) - len(before))
+        assert value == pytest.approx(expected[0], abs=1e-4)
+        assert greedy == expected[1]
+
+
 def test_rolling_is_the_sum_over_all_tokens(model: HybridLM, tokenizer: Tokenizer) -> None:
     """A text that fits is one row after bos; one that does not is cut into windows that score each token once."""
     ids = tokenizer.encode(LONG)
