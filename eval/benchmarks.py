@@ -94,10 +94,11 @@ def run_tasks(
     with quiet():
         results = evaluate(lm=lm, task_dict=found, limit=limit, bootstrap_iters=BOOTSTRAP if lm.ranks.rank == 0 else 0)
     assert results is not None
-    order = _ordered(found)
+    metrics = {name: _metrics(results["results"][name]) for name in _ordered(found)}
+    scored = {name: values for name, values in metrics.items() if values}  # not groups that only gather others
     return TaskScores(
-        tasks={name: _metrics(results["results"][name]) for name in order},
-        info={name: _info(name, results, found) for name in order},
+        tasks=scored,
+        info={name: _info(name, results, found) for name in scored},
         samples=results["samples"],
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from train.mistakes import describe
-from train.rank import die_with_launcher, explained, report
+from train.rank import explained, report
 from train.stop import EXIT_USER_ERROR
 
 COMMANDS = {
@@ -47,8 +47,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `braid ARGUMENTS` and returns its exit code."""
-    if "RANK" in os.environ:
-        die_with_launcher()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:

@@ -49,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         return local.launch(["-m", "launch", "eval", *spelled(arguments)], arguments.nproc)
     from launch.evaluation import Options, evaluate
+    from train.rank import die_with_launcher
 
+    if "RANK" in os.environ:
+        die_with_launcher()
     done = evaluate(Options(**{key: value for key, value in vars(arguments).items() if key not in HERE}))
     if done is not None:
         results, path = done

@@ -223,6 +223,6 @@ def test_a_rank_is_told_all_but_the_number_of_ranks() -> None:
 def test_the_table_shows_every_number(evaluated: dict) -> None:
     shown = table(evaluated)
     for task in evaluated["tasks"]:
-        assert evaluated["tasks"][task] == {} or task in shown
+        assert task in shown
     assert f"{evaluated['perplexity'][2]['loss']:.4f}" in shown
     assert "lost their beginning to --max-length 64" in shown
