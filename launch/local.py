@@ -38,7 +38,12 @@ def run(recipe: Path, overrides: Sequence[str], nproc: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *command], environment)
-    os.environ.update(environment | {"BRAID_LAUNCHER": str(os.getpid())})
+    return launch(command, nproc)
+
+
+def launch(command: Sequence[str], nproc: int) -> int:
+    """`run_ranks` for a program of Braid, whose ranks die with this process and leave their errors to it."""
+    os.environ.update(rank_environment(os.environ, nproc) | {"BRAID_LAUNCHER": str(os.getpid())})
     return run_ranks(command, nproc)
 
 

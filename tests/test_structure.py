@@ -131,7 +131,11 @@ def test_every_folder_is_a_package():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["prepare", "--help"], ["generate", "--help"], ["launch", "slurm", "--help"]],
+    [
+        ["--help"],
+        ["launch", "slurm", "--help"],
+        *([name, "--help"] for name in ("train", "prepare", "generate", "eval", "export", "report")),
+    ],
 )
 def test_help_answers_in_under_a_second(arguments: list[str]):
     """CPU time, so that a busy machine does not decide."""
