@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "raw text to tokenizer and token shards; resumable",
     "train": "train the recipe's model, or resume it where it stopped",
     "generate": "continue a prompt with a trained run",
+    "bench": "side-by-side speed against the peers installed here, one table",
 }
 """Name of a command, which is that of its module in launch/commands/, and what it does."""
 
