@@ -9,11 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from launch.bench.row import Measure, Reading, Row, Side
 from launch.local import rank_environment
@@ -34,58 +33,70 @@ def environment() -> dict[str, str]:
     return rank_environment(os.environ, 1) | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
+@dataclass(frozen=True)
 class Worker:
     """One side in its process. name: for messages."""
 
-    def __init__(self, name: str, measure: Measure, quick: bool, variables: Mapping[str, str]) -> None:
-        self.name = name
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        reference = f"{measure.__module__}:{measure.__qualname__}"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.bench.worker", reference, *(["quick"] if quick else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("BRAID_DEBUG", "") not in ("", "0") else self._stderr,
-            env=dict(variables),
-            text=True,
-        )
+    name: str
+    process: subprocess.Popen[str]
+    stderr: IO[str]
 
     def reading(self) -> Reading:
         """One more reading. Raises SideFailed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise SideFailed(f"{self.name}: died with exit code {self._process.wait()}{self._last_words()}")
+            raise SideFailed(f"{self.name}: died with exit code {self.process.wait()}{self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
             raise SideFailed(f"{self.name}: {answer['error']}")
         return Reading(float(answer["value"]), answer["facts"])
 
     def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f" ({said})" if said else ""
+        self.stderr.seek(0)
+        said = [line.strip() for line in self.stderr if line.strip()]
+        return f" ({said[-1]})" if said else ""
 
-    def __enter__(self) -> "Worker":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._process.kill()
+@contextmanager
+def started(name: str, measure: Measure, quick: bool, variables: Mapping[str, str]) -> Iterator[Worker]:
+    """The worker of one side, ended with the context: gently, or at once after an error."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "launch.bench.worker",
+                f"{measure.__module__}:{measure.__qualname__}",
+                *(["quick"] if quick else []),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if os.environ.get("BRAID_DEBUG", "") not in ("", "0") else stderr,
+            env=dict(variables),
+            text=True,
+        )
         try:
-            self._process.communicate(timeout=END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-        self._stderr.close()
+            yield Worker(name, process, stderr)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Closes the worker's stdin and waits for its end."""
+    try:
+        process.communicate(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ def measure(row: Row, rounds: int, quick: bool, say: Say) -> Result:
         workers: list[Worker] = []
         for name, function in sides.items():
             say(f"{row.name}: {name}: setting up and warming up")
-            worker = stack.enter_context(Worker(name, function, quick, variables))
+            worker = stack.enter_context(started(name, function, quick, variables))
             for _ in range(row.warmup):
                 worker.reading()
             workers.append(worker)

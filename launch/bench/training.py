@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,9 @@ from train.loop import mean_forward_flops, train_step
 from train.parallel import Mesh, choose_device, open_mesh
 from train.run import Clock, Run
 
-PEER_TRIALS = 3
+T = TypeVar("T")
+
+PEER_TRIALS = 2
 """Steps in each precision, of which the fastest decides how the peer is run."""
 
 
@@ -97,7 +99,7 @@ def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], pee
     trials = {}
     for precision in ("bf16 autocast", "bf16 weights"):
         step = _peer_step(recipe, build(), precision, device)
-        trials[precision] = min(_seconds(step, device) for _ in range(PEER_TRIALS))
+        trials[precision] = min(_timed(step, device)[0] for _ in range(PEER_TRIALS))
         del step
     fastest = min(trials, key=lambda precision: trials[precision])
     model = build()
@@ -173,8 +175,7 @@ def _readings(
 ) -> Iterator[Reading]:
     first: float | None = None
     while True:
-        losses: list[float] = []
-        seconds = _seconds(lambda losses=losses: losses.extend(step() for _ in range(steps)), device)
+        seconds, losses = _timed(lambda: [step() for _ in range(steps)], device)
         if first is None:
             first = losses[0]
         elif losses[-1] >= first:
@@ -182,9 +183,10 @@ def _readings(
         yield Reading(steps * tokens / seconds, facts | {"first_loss": first, "last_loss": losses[-1]})
 
 
-def _seconds(action: Callable[[], Any], device: torch.device) -> float:
+def _timed(action: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds that `action` took, and what it returned."""
     begin = time.perf_counter()
-    action()
+    result = action()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, result

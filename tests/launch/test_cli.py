@@ -40,7 +40,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]):
     assert complaint(capsys, "trian") == "command: got 'trian'; did you mean train?"
-    assert "wants one of prepare, train, generate" in complaint(capsys, "frobnicate")
+    assert "wants one of prepare, train, generate, bench" in complaint(capsys, "frobnicate")
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""The benchmarks: one file each (or each family), which lists its rows in `ROWS`. A new file is all that a row needs."""
+"""The benchmarks: one file each, or each family, which lists its rows in `ROWS`. A new file is all that a row needs."""
 
 import difflib
 import importlib
