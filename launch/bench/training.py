@@ -19,6 +19,7 @@ from launch.bench.row import Reading, Side
 from model.config import ModelConfig
 from model.hybrid import HybridLM, forward_flops, initialise_model
 from model.layers.attention import AttentionConfig
+from model.ops.backend import request
 from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
@@ -60,6 +61,7 @@ def packed_rows(recipe: Recipe) -> PackedRows:
 def braid(recipe: Recipe, steps: int) -> Iterator[Reading]:
     """Our side: `steps` steps a reading."""
     training = recipe.training
+    request(training.backends)
     with open_mesh(recipe.parallel.device) as mesh:
         model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, mesh=mesh)
         initialise_model(model, recipe.seed)

@@ -8,24 +8,29 @@ import argparse
 import json
 import sys
 
-ROUNDS, QUICK_ROUNDS = 5, 2
+from launch.bench.row import Row
+
+ROUNDS, QUICK_ROUNDS = 7, 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="what to measure (default: everything)")
     parser.add_argument("--json", action="store_true", help="a JSON list of rows on stdout, and nothing else there")
     parser.add_argument("--list", action="store_true", help="say what each row measures, and measure nothing")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} short rounds: the order of magnitude")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"readings of each side (default: {ROUNDS})")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds: the order of magnitude")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"readings of each side (default: {ROUNDS}; quick: {QUICK_ROUNDS})"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from launch.bench.rows import choose
     from launch.bench.table import render_list
 
-    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    if rounds < 1 or arguments.rounds == 0:
-        raise ValueError(f"--rounds: got {arguments.rounds}, wants a positive number")
+    usual = QUICK_ROUNDS if arguments.quick else ROUNDS
+    rounds = usual if arguments.rounds is None else arguments.rounds
+    if rounds < 1:
+        raise ValueError(f"--rounds: got {rounds}, wants a positive number")
     rows = choose(arguments.rows)
     if arguments.list:
         print(json.dumps([_listed(row) for row in rows], indent=2) if arguments.json else render_list(rows))
@@ -33,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     return measure_rows(rows, rounds, arguments.quick, arguments.json)
 
 
-def measure_rows(rows: list, rounds: int, quick: bool, as_json: bool) -> int:
+def measure_rows(rows: list[Row], rounds: int, quick: bool, as_json: bool) -> int:
     """Measures and prints `rows`; returns the exit code: 1 when a row failed, after the others were measured."""
     from launch.bench import machine
     from launch.bench.measure import SideFailed, environment, measure
@@ -58,7 +63,7 @@ def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def _listed(row) -> dict:
+def _listed(row: Row) -> dict[str, object]:
     return {
         "name": row.name,
         "measures": row.measures,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from launch.bench.row import Reading, Row
 
 SIZE = 2048
-SECONDS, QUICK_SECONDS = 1.0, 0.2
+SECONDS, QUICK_SECONDS = 0.5, 0.2
 
 
 def bfloat16(quick: bool) -> Iterator[Reading]:
