@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import median_low
 from typing import IO, Any
 
 from launch.bench.row import Measure, Reading, Row, Side
@@ -109,8 +110,8 @@ class Result:
 
     @property
     def ratio(self) -> float | None:
-        """That of the medians."""
-        return None if self.peer is None else self.row.ratio(self.ours.median, self.peer.median)
+        """That of the typical round."""
+        return None if self.peer is None else self.row.ratio(self.ours.value, self.peer.value)
 
     @property
     def ratios(self) -> list[float] | None:
@@ -125,8 +126,8 @@ class Result:
         row, peer = self.row, self.peer
         return {
             "name": row.name,
-            "ours": self.ours.median,
-            "peer": None if peer is None else peer.median,
+            "ours": self.ours.value,
+            "peer": None if peer is None else peer.value,
             "peer_name": row.peer_name if peer is not None else f"{row.peer_name} (not installed)",
             "unit": row.unit,
             "ratio": self.ratio,
@@ -166,5 +167,14 @@ def measure(row: Row, rounds: int, quick: bool, say: Say) -> Result:
                 readings[worker.name].append(worker.reading())
             values = ", ".join(f"{name} {taken[-1].value:,.4g}" for name, taken in readings.items())
             say(f"{row.name}: round {number + 1} of {rounds}: {values} {row.unit}")
-    measured = {name: Side([r.value for r in taken], taken[-1].facts) for name, taken in readings.items()}
-    return Result(row, measured[OURS], measured.get(row.peer_name))
+    return _result(row, readings)
+
+
+def _result(row: Row, readings: Mapping[str, Sequence[Reading]]) -> Result:
+    """The typical round is the one whose ratio is the median: on a busy machine the medians of the sides may come from
+    different moments, and their quotient from none."""
+    values = {name: [reading.value for reading in taken] for name, taken in readings.items()}
+    scores = [row.ratio(*pair) for pair in zip(*values.values(), strict=True)] if len(values) > 1 else values[OURS]
+    typical = scores.index(median_low(scores))
+    sides = {name: Side(values[name], typical, taken[-1].facts) for name, taken in readings.items()}
+    return Result(row, sides[OURS], sides.get(row.peer_name))

@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, NamedTuple
 
 
@@ -21,14 +20,16 @@ own, so it must be a function of a module's top level; what it imports, it impor
 
 @dataclass(frozen=True)
 class Side:
-    """All readings of one side, in the order of the rounds. facts: those of the last reading."""
+    """One side of a measured row. values: its readings, in the order of the rounds. typical: the round that stands for
+    all. facts: those of the last reading."""
 
     values: Sequence[float]
+    typical: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def median(self) -> float:
-        return median(self.values)
+    def value(self) -> float:
+        return self.values[self.typical]
 
     @property
     def spread(self) -> list[float]:

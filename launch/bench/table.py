@@ -15,7 +15,9 @@ def render(results: Sequence[Result], machine: dict[str, Any]) -> str:
     """The table, what each row says besides its numbers, and the machine."""
     lines = _aligned([HEADINGS, *map(_cells, results)])
     lines.append("")
-    lines.append("Medians of the rounds with half their range; ratio above 1: ours is better (its range over rounds).")
+    lines.append(
+        "The round with the median ratio, ± half the range of all; a ratio above 1: ours is better (its range)."
+    )
     for result in results:
         more = result.row.derive(result.ours, result.peer)
         facts = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in more.items()]
@@ -47,8 +49,8 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 def _value(side: Side) -> str:
     low, high = side.spread
-    share = (high - low) / 2 / side.median if side.median else 0.0
-    number = f"{side.median:,.0f}" if abs(side.median) >= 1000 else f"{side.median:.3g}"
+    share = (high - low) / 2 / side.value if side.value else 0.0
+    number = f"{side.value:,.0f}" if abs(side.value) >= 1000 else f"{side.value:.3g}"
     return f"{number} ±{100 * share:.0f}%"
 
 

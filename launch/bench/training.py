@@ -130,7 +130,7 @@ def utilisation(ours: Side, peer: Side | None) -> dict[str, Any]:
     """MFU of both sides against one peak, the highest that either measured; the peer's precision; parameters."""
     sides = [ours] if peer is None else [ours, peer]
     peak = max(side.facts["peak_flops"] for side in sides)
-    mfu, *peer_mfu = [side.median * side.facts["flops_per_token"] / peak for side in sides]
+    mfu, *peer_mfu = [side.value * side.facts["flops_per_token"] / peak for side in sides]
     return {
         "mfu": mfu,
         "peer_mfu": peer_mfu[0] if peer_mfu else None,
