@@ -22,6 +22,7 @@ COMMANDS = {
     "lm-eval": "lm-eval's own command line, which knows --model braid",
     "report": "one page of curves about a run, or several side by side",
     "export": "publish a run as a Hugging Face folder",
+    "bench": "side-by-side speed against the peers installed here, one table",
 }
 """Name of a command, which is that of its module in launch/commands/ (with _ for -), and what it does. A command that
 has commands of its own is a package with such a table; one that has `forward` reads its words itself."""
