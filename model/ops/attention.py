@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import HALVES, Backend, choose
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, Scratch, exp2_, wide_dtype
 
 BLOCK = 128  # queries at a time; 64 measures alike, 256 is slower in a window
 
 _ALL = frozenset({"documents", "past", "window"})
-BACKENDS = (
+declare(
+    "attention",
     Backend("flash_attn", _ALL - {"past"}, HALVES, module="flash_attn", device="cuda"),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
@@ -64,7 +65,7 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     given = {"documents": documents is not None, "past": past is not None, "window": window is not None}
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("attention", BACKENDS, backend, needs=needs, dtype=q.dtype, device=q.device).name
+    name = choose("attention", backend, needs=needs, dtype=q.dtype, device=q.device).name
     if name == "flash_attn":
         if documents is not None and bounds is None:
             bounds = document_bounds(documents)

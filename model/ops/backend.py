@@ -1,17 +1,17 @@
-"""Which implementation of an op runs: each backend declares what it can do, one rule picks, and the choice is reported.
+"""Which implementation of an op runs: each op declares its backends and what they can do, one rule picks, and the
+choice is reported.
 
 A backend that the user named is never replaced by another one: if it is missing or cannot do what is asked, that is
 an error. `auto` takes the first backend, in the op's order of preference, that is available and can do it.
 """
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-OPS = ("ssd", "conv", "attention")
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -49,19 +49,36 @@ def _importable(module: str | None) -> bool:
     return module is None or importlib.util.find_spec(module) is not None
 
 
+_declared: dict[str, tuple[Backend, ...]] = {}
 _requested: dict[str, str] = {}
 _chosen: dict[str, set[str]] = {}
+
+
+def declare(op: str, *backends: Backend) -> None:
+    """The backends of an op, in its order of preference: called once, by the file that holds the op."""
+    assert op not in _declared, f"{op} is declared twice"
+    _declared[op] = backends
+
+
+def check_names(backends: Mapping[str, str]) -> None:
+    """Raises ValueError unless `backends` maps ops to "auto" or names of their backends. The ops are those whose files
+    have been imported: `model.config` imports all that layer kinds use. Imports no package and asks no device: whether
+    a backend is there is found out where it runs."""
+    for op, name in backends.items():
+        if op not in _declared:
+            ops = ", ".join(sorted(_declared))
+            raise ValueError(f"backends.{op}: got {name!r} for an unknown op, wants one of {ops}")
+        known = [b.name for b in _declared[op]]
+        if name not in ("auto", *known):
+            raise ValueError(f"backends.{op}: got {name!r}, wants auto or one of {', '.join(known)}")
 
 
 def request(backends: Mapping[str, str]) -> None:
     """Set the backend per op for this process ("auto" or a name), as a recipe does at its start.
 
-    An op that is not named keeps "auto". Raises ValueError for an op that has no backends to choose from; the names of
-    backends are checked by the op that uses them (`choose`).
+    An op that is not named keeps "auto". Raises ValueError for unknown names, see `check_names`.
     """
-    for op in backends:
-        if op not in OPS:
-            raise ValueError(f"backends: got {op!r}, wants ops among {', '.join(OPS)}")
+    check_names(backends)
     _requested.clear()
     _requested.update(backends)
 
@@ -73,7 +90,6 @@ def chosen() -> dict[str, str]:
 
 def choose(
     op: str,
-    backends: Sequence[Backend],
     requested: str | None = None,
     *,
     needs: Iterable[str] = (),
@@ -85,7 +101,7 @@ def choose(
     requested: a name, "auto", or None for what `request` has set. Raises ValueError if the named backend is unknown,
     missing, or unable to do what the call needs.
     """
-    name = requested or _requested.get(op, "auto")
+    backends, name = _declared[op], requested or _requested.get(op, "auto")
     needs = tuple(needs)
     if name == "auto":
         able = (b for b in backends if not b.lacks(needs, dtype, device) and b.available())
@@ -93,10 +109,8 @@ def choose(
         if backend is None:
             raise ValueError(f"{op}: no backend here can do {', '.join(needs) or 'this'} in {dtype} on {device.type}")
     else:
-        backend = next((b for b in backends if b.name == name), None)
-        if backend is None:
-            known = ", ".join(b.name for b in backends)
-            raise ValueError(f"{op}: no backend is called {name!r}; use auto or one of {known}")
+        check_names({op: name})
+        backend = next(b for b in backends if b.name == name)
         if not backend.available():
             wants = f"the package {backend.module}" if backend.module else "a CUDA device"
             raise ValueError(f"{op}: backend {name!r} needs {wants}, which is missing here; install it or use auto")

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import HALVES, Backend, choose
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
 
 # causal-conv1d takes documents or a state, not both; up to 4 taps; channels in eights.
-BACKENDS = (
+declare(
+    "conv",
     Backend("causal_conv1d", frozenset({"documents", "state"}), HALVES, module="causal_conv1d", device="cuda"),
     Backend("torch", frozenset({"documents", "state", "documents with state", "any shape"})),
     Backend("reference", frozenset({"documents", "state", "documents with state", "any shape"})),
@@ -48,7 +49,7 @@ def causal_conv(
         given = {"state": True, "documents with state": documents is not None}
     given["any shape"] = k > 4 or x.shape[2] % 8 != 0
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("conv", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
+    name = choose("conv", backend, needs=needs, dtype=x.dtype, device=x.device).name
     if name == "reference":
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":

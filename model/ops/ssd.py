@@ -12,12 +12,13 @@ Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by 
 import torch
 from torch import Tensor
 
-from model.ops.backend import HALVES, Backend, choose
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import wide_dtype
 from model.ops.ssd_chunked import ssd_chunked
 
 _ALL = frozenset({"documents", "initial_state", "final_state"})
-BACKENDS = (
+declare(
+    "ssd",
     Backend("mamba_ssm", _ALL, HALVES | {torch.float32}, module="mamba_ssm", device="cuda"),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
@@ -56,7 +57,7 @@ def ssd(
         "final_state": return_state,
     }
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("ssd", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
+    name = choose("ssd", backend, needs=needs, dtype=x.dtype, device=x.device).name
     if name == "reference":
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
