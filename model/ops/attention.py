@@ -26,7 +26,15 @@ BLOCK = 128  # queries at a time; 64 measures alike, 256 is slower in a window
 _ALL = frozenset({"documents", "past", "window"})
 declare(
     "attention",
-    Backend("flash_attn", _ALL - {"past"}, HALVES, module="flash_attn", device="cuda"),
+    Backend(
+        "flash_attn",
+        _ALL - {"past"},
+        HALVES,
+        {"head_dim": range(1, 257)},  # what is no multiple of 8 it pads itself
+        module="flash_attn",
+        device="cuda",
+        capability=(8, 0),
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -65,7 +73,8 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     given = {"documents": documents is not None, "past": past is not None, "window": window is not None}
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("attention", backend, needs=needs, dtype=q.dtype, device=q.device).name
+    sizes = {"head_dim": q.shape[-1]}
+    name = choose("attention", backend, needs=needs, sizes=sizes, dtype=q.dtype, device=q.device).name
     if name == "flash_attn":
         if documents is not None and bounds is None:
             bounds = document_bounds(documents)

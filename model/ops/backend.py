@@ -7,7 +7,7 @@ an error. `auto` takes the first backend, in the op's order of preference, that 
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -21,25 +21,35 @@ class Backend:
     """One implementation of an op and what it declares.
 
     can: the features it has, out of the op's own words ("documents", "initial_state", ...). dtypes: of the op's main
-    input. module: the package it imports, None for plain torch. device: "cuda", or "any".
+    input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module:
+    the package it imports, None for plain torch. device: "cuda", or "any". capability: the least CUDA compute
+    capability.
     """
 
     name: str
     can: frozenset[str]
     dtypes: frozenset[torch.dtype] = FLOATS
+    sizes: Mapping[str, range] = field(default_factory=dict)
     module: str | None = None
     device: str = "any"
+    capability: tuple[int, int] | None = None
 
     def available(self) -> bool:
         """Its package can be imported and its device exists here."""
         return _importable(self.module) and (self.device == "any" or torch.cuda.is_available())
 
-    def lacks(self, needs: Iterable[str], dtype: torch.dtype, device: torch.device) -> str:
+    def lacks(self, needs: Iterable[str], sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> str:
         """Why it cannot serve this call, in words; empty if it can."""
         if self.device not in ("any", device.type):
             return f"it runs on {self.device}, the input is on {device.type}"
+        if self.capability is not None and torch.cuda.get_device_capability(device) < self.capability:
+            return "it wants a GPU of compute capability {}.{} or more".format(*self.capability)
         if dtype not in self.dtypes:
             return f"it does not take {dtype}"
+        for name, taken in self.sizes.items():
+            if sizes[name] not in taken:
+                wants = f"{taken[0]} to {taken[-1]}" if taken.step == 1 else f"multiples of {taken.step}"
+                return f"{name} is {sizes[name]}, it takes {wants}"
         missing = sorted(set(needs) - self.can)
         return f"it has no {', '.join(missing)}" if missing else ""
 
@@ -93,18 +103,20 @@ def choose(
     requested: str | None = None,
     *,
     needs: Iterable[str] = (),
+    sizes: Mapping[str, int] = {},
     dtype: torch.dtype,
     device: torch.device,
 ) -> Backend:
     """The backend for one call of `op`.
 
-    requested: a name, "auto", or None for what `request` has set. Raises ValueError if the named backend is unknown,
-    missing, or unable to do what the call needs.
+    requested: a name, "auto", or None for what `request` has set. needs, sizes: the features and the sizes of the call,
+    in the op's own words; every size that a backend limits must be here. Raises ValueError if the named backend is
+    unknown, missing, or unable to do what the call needs.
     """
     backends, name = _declared[op], requested or _requested.get(op, "auto")
     needs = tuple(needs)
     if name == "auto":
-        able = (b for b in backends if not b.lacks(needs, dtype, device) and b.available())
+        able = (b for b in backends if not b.lacks(needs, sizes, dtype, device) and b.available())
         backend = next(able, None)
         if backend is None:
             raise ValueError(f"{op}: no backend here can do {', '.join(needs) or 'this'} in {dtype} on {device.type}")
@@ -114,7 +126,7 @@ def choose(
         if not backend.available():
             wants = f"the package {backend.module}" if backend.module else "a CUDA device"
             raise ValueError(f"{op}: backend {name!r} needs {wants}, which is missing here; install it or use auto")
-        if reason := backend.lacks(needs, dtype, device):
+        if reason := backend.lacks(needs, sizes, dtype, device):
             raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}; use auto or another backend")
     _chosen.setdefault(op, set()).add(backend.name)
     return backend

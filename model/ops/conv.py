@@ -13,12 +13,21 @@ from torch.autograd.function import once_differentiable
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
 
-# causal-conv1d takes documents or a state, not both; up to 4 taps; channels in eights.
+_ALL = frozenset({"documents", "state", "documents with state"})
 declare(
     "conv",
-    Backend("causal_conv1d", frozenset({"documents", "state"}), HALVES, module="causal_conv1d", device="cuda"),
-    Backend("torch", frozenset({"documents", "state", "documents with state", "any shape"})),
-    Backend("reference", frozenset({"documents", "state", "documents with state", "any shape"})),
+    Backend(
+        "causal_conv1d",
+        # Both at once it refuses before version 1.7; since then it gives the state to the row's first document,
+        # whatever its index.
+        _ALL - {"documents with state"},
+        HALVES | {torch.float32},
+        {"taps": range(2, 5), "channels": range(8, 2**31, 8)},
+        module="causal_conv1d",
+        device="cuda",
+    ),
+    Backend("torch", _ALL),
+    Backend("reference", _ALL),
 )
 BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache
 
@@ -47,9 +56,9 @@ def causal_conv(
     else:
         assert state.shape == (x.shape[0], k - 1, x.shape[2]), f"state has shape {tuple(state.shape)}"
         given = {"state": True, "documents with state": documents is not None}
-    given["any shape"] = k > 4 or x.shape[2] % 8 != 0
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("conv", backend, needs=needs, dtype=x.dtype, device=x.device).name
+    sizes = {"taps": k, "channels": x.shape[2]}
+    name = choose("conv", backend, needs=needs, sizes=sizes, dtype=x.dtype, device=x.device).name
     if name == "reference":
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":
@@ -202,10 +211,11 @@ class _Row:
 
 
 def _causal_conv1d(x, weight, bias, documents, state, activation) -> Tensor:
-    # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has.
+    # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has, at strides in
+    # eights. `contiguous` would keep the strides of a wider tensor where there is but one token or row.
     from causal_conv1d import causal_conv1d_fn
 
-    x = x.contiguous().transpose(1, 2)
+    x = x.clone(memory_format=torch.contiguous_format).transpose(1, 2)
     bias = None if bias is None else bias.to(x.dtype)
     index = None if documents is None else documents.to(torch.int32).contiguous()
     before = None if state is None else state.to(x.dtype).contiguous().transpose(1, 2)

@@ -19,7 +19,14 @@ from model.ops.ssd_chunked import ssd_chunked
 _ALL = frozenset({"documents", "initial_state", "final_state"})
 declare(
     "ssd",
-    Backend("mamba_ssm", _ALL, HALVES | {torch.float32}, module="mamba_ssm", device="cuda"),
+    Backend(
+        "mamba_ssm",
+        _ALL,
+        HALVES | {torch.float32},
+        {"head_dim": range(1, 257)},  # its backward holds whole heads in shared memory: 512 fit no GPU
+        module="mamba_ssm",
+        device="cuda",
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -57,7 +64,8 @@ def ssd(
         "final_state": return_state,
     }
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("ssd", backend, needs=needs, dtype=x.dtype, device=x.device).name
+    sizes = {"head_dim": x.shape[-1]}
+    name = choose("ssd", backend, needs=needs, sizes=sizes, dtype=x.dtype, device=x.device).name
     if name == "reference":
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
@@ -155,16 +163,17 @@ def ssd_quadratic(
 
 
 def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple[Tensor, Tensor]:
-    # Its seq_idx has our meaning: the state passed in belongs to index 0.
+    # Its seq_idx has our meaning: the state passed in belongs to index 0. Chunks that are no power of two gave NaN, and
+    # the result does not depend on them.
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined(
         x,
         dt,
         A,
-        B,
-        C,
-        chunk,
+        B.to(x.dtype),
+        C.to(x.dtype),
+        min(max(1 << chunk.bit_length() - 1, 16), 256),
         D=D,
         initial_states=initial_state,
         seq_idx=None if documents is None else documents.to(torch.int32).contiguous(),
