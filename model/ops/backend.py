@@ -104,19 +104,21 @@ def choose(
     *,
     needs: Iterable[str] = (),
     sizes: Mapping[str, int] = {},
+    prefer: str | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Backend:
     """The backend for one call of `op`.
 
     requested: a name, "auto", or None for what `request` has set. needs, sizes: the features and the sizes of the call,
-    in the op's own words; every size that a backend limits must be here. Raises ValueError if the named backend is
-    unknown, missing, or unable to do what the call needs.
+    in the op's own words; every size that a backend limits must be here. prefer: what auto takes first, the op's order
+    aside. Raises ValueError if the named backend is unknown, missing, or unable to do what the call needs.
     """
     backends, name = _declared[op], requested or _requested.get(op, "auto")
     needs = tuple(needs)
     if name == "auto":
-        able = (b for b in backends if not b.lacks(needs, sizes, dtype, device) and b.available())
+        order = sorted(backends, key=lambda b: b.name != prefer)
+        able = (b for b in order if not b.lacks(needs, sizes, dtype, device) and b.available())
         backend = next(able, None)
         if backend is None:
             raise ValueError(f"{op}: no backend here can do {', '.join(needs) or 'this'} in {dtype} on {device.type}")

@@ -43,7 +43,8 @@ def causal_conv(
     return_state: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x: (B, T, C). weight: (C, k). bias: (C,) or None. activation: "silu" or None.
+    """x: (B, T, C). weight: (C, k). bias: (C,) or None. activation: "silu" or None. One token after a state is a
+    `causal_conv_step`.
 
     documents: (B, T) int32, non-decreasing: a tap never reads another document; index 0 continues `state`, the k-1
     inputs before the row, (B, k-1, C), zeros where there were none. Sums are float32. Returns y (B, T, C) in x's
@@ -58,7 +59,12 @@ def causal_conv(
         given = {"state": True, "documents with state": documents is not None}
     needs = [name for name, wanted in given.items() if wanted]
     sizes = {"taps": k, "channels": x.shape[2]}
-    name = choose("conv", backend, needs=needs, sizes=sizes, dtype=x.dtype, device=x.device).name
+    prefer = "torch" if state is not None and x.shape[1] == 1 else None  # decoding: one token
+    name = choose("conv", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=x.dtype, device=x.device).name
+    if state is not None and name == prefer:
+        before = state if documents is None else torch.where((documents == 0)[..., None], state, 0)
+        y, after = causal_conv_step(x[:, 0], weight, bias, before, activation)
+        return y[:, None], after if return_state else None
     if name == "reference":
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":
@@ -92,11 +98,12 @@ def causal_conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token: x (B, C), state (B, k-1, C) -> (y (B, C), new state)."""
-    y, new = causal_conv(
-        x[:, None], weight, bias, state=state, activation=activation, return_state=True, backend="reference"
-    )
-    assert new is not None
-    return y[:, 0], new
+    taps = torch.cat([state.to(x.dtype), x[:, None]], 1)
+    wide = wide_dtype(x.dtype)
+    y = (taps.to(wide) * weight.t().to(wide)).sum(1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype), taps[:, 1:]
 
 
 def causal_conv_reference(

@@ -3,7 +3,8 @@
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
 Three forms of the same map: `ssd_reference` (token by token, the oracle), `ssd_quadratic` (the dual form, an oracle
-for tests) and the chunked one (`model/ops/ssd_chunked.py`) that `ssd` runs. On CUDA `ssd` takes mamba-ssm's kernels
+for tests) and the chunked one (`model/ops/ssd_chunked.py`) that `ssd` runs; one token after a state, as in decoding, is
+a step of the recurrence. On CUDA `ssd` takes mamba-ssm's kernels
 where they are installed.
 
 Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by the H/G heads of a group), N state.
@@ -65,8 +66,9 @@ def ssd(
     }
     needs = [name for name, wanted in given.items() if wanted]
     sizes = {"head_dim": x.shape[-1]}
-    name = choose("ssd", backend, needs=needs, sizes=sizes, dtype=x.dtype, device=x.device).name
-    if name == "reference":
+    prefer = "torch" if initial_state is not None and x.shape[1] == 1 else None  # decoding: one token
+    name = choose("ssd", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=x.dtype, device=x.device).name
+    if name in ("reference", prefer):
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
         y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128)
@@ -88,19 +90,32 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, documents: Te
 
 
 def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state)."""
-    wide, heads = wide_dtype(x.dtype), x.shape[1]
-    Bh = B.to(wide).repeat_interleave(heads // B.shape[1], 1)
-    Ch = C.to(wide).repeat_interleave(heads // C.shape[1], 1)
+    """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state).
+
+    continues: (B,) bool, False where the token begins a document, which does not see the state.
+    """
+    wide, (b, G, N) = wide_dtype(x.dtype), B.shape
     dt, xw = dt.to(wide), x.to(wide)
     decay = torch.exp(dt * A.to(wide))
-    state = decay[..., None, None] * state.to(wide) + (dt[..., None] * xw)[..., None] * Bh[:, :, None]
-    y = (state @ Ch[..., None]).squeeze(-1)
+    if continues is not None:
+        decay = decay * continues[:, None]
+    # The heads of a group are rows of one matmul.
+    kept = (decay[..., None, None] * state.to(wide)).reshape(b, G, -1, N)
+    dtx = (dt[..., None] * xw).reshape(b, G, -1, 1)
+    grouped = kept.addcmul_(dtx, B.to(wide)[:, :, None])
+    y = (grouped @ C.to(wide)[..., None]).view(x.shape)
     if D is not None:
         y = y + D.to(wide)[:, None] * xw
-    return y.to(x.dtype), state
+    return y.to(x.dtype), grouped.view(state.shape)
 
 
 def ssd_reference(
@@ -119,10 +134,8 @@ def ssd_reference(
     state = x.new_zeros(b, H, P, B.shape[-1], dtype=wide_dtype(x.dtype)) if initial_state is None else initial_state
     ys = []
     for t in range(T):
-        if documents is not None:
-            before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
-            state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0)
-        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        continues = None if documents is None else documents[:, t] == (documents[:, t - 1] if t else 0)
+        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state, continues)
         ys.append(y)
     return torch.stack(ys, 1), state
 

@@ -135,6 +135,18 @@ def test_what_a_kernel_cannot_do_never_reaches_it(run, op, name, why):
         run()
 
 
+def test_one_token_after_a_state_goes_to_plain_torch():
+    """Decoding: a step of the recurrence is less work than a kernel's whole chunk. A kernel can still be named."""
+    x, b, state = leaf(1, 1, 2, 4, dtype=HALF), leaf(1, 1, 1, 4, dtype=HALF), torch.ones(1, 2, 4, 4)
+    args = (x, torch.ones(1, 1, 2), -torch.ones(2), b, b)
+    ssd(*args, initial_state=state)
+    conv(T=1, state=leaf(2, 3, 8, dtype=HALF))
+    assert chosen() == {"ssd": "torch", "conv": "torch"}
+    ssd(*args, initial_state=state, backend="mamba_ssm")
+    conv(T=1, state=leaf(2, 3, 8, dtype=HALF), backend="causal_conv1d")
+    assert chosen() == {"ssd": "mamba_ssm, torch", "conv": "causal_conv1d, torch"}
+
+
 def test_flash_attn_wants_an_ampere_gpu(monkeypatch):
     """An older GPU gets plain torch, not an error from the kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.ops import ssd as module
 from model.ops.ssd import ssd, ssd_quadratic, ssd_reference, ssd_step
 from model.ops.ssd_chunked import ssd_chunked
 from tests.model.ops.support import assert_same, largest, leaf, outputs_and_gradients, packed
@@ -97,6 +98,21 @@ def test_step_equals_row():
         y, state = ssd_step(x[:, t], dt[:, t], A, Bm[:, t], Cm[:, t], D, state)
         ys.append(y)
     assert_same([torch.stack(ys, 1), state], want, 1e-10)
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0], [1]], dtype=torch.int32)])
+def test_one_token_after_a_state_is_a_step(monkeypatch, documents):
+    """Decoding skips the chunks; a row whose token begins a document does not see the state."""
+    x, dt, A, Bm, Cm, D, S = leaves = inputs(1)
+
+    def run(form, **kwargs):
+        return outputs_and_gradients(
+            lambda: form(x, dt, A, Bm, Cm, D=D, documents=documents, initial_state=S, **kwargs), leaves
+        )
+
+    want = run(ssd_quadratic)
+    monkeypatch.setattr(module, "ssd_chunked", None)
+    assert_same(run(ssd, return_state=True), want, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
