@@ -2,10 +2,9 @@
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
-Three forms of the same map: `ssd_reference` (token by token, the oracle), `ssd_quadratic` (the dual form, an oracle
-for tests) and the chunked one (`model/ops/ssd_chunked.py`) that `ssd` runs; one token after a state, as in decoding, is
-a step of the recurrence. On CUDA `ssd` takes mamba-ssm's kernels
-where they are installed.
+Two forms of the same map: `ssd_reference` (token by token, the oracle) and the chunked one (`model/ops/ssd_chunked.py`)
+that `ssd` runs; one token after a state, as in decoding, is a step of the recurrence. On CUDA `ssd` takes mamba-ssm's
+kernels where they are installed.
 
 Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by the H/G heads of a group), N state.
 """
@@ -138,41 +137,6 @@ def ssd_reference(
         y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state, continues)
         ys.append(y)
     return torch.stack(ys, 1), state
-
-
-def ssd_quadratic(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    documents: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i): quadratic in T, for tests."""
-    b, T, H = dt.shape
-    wide, repeats = wide_dtype(x.dtype), H // B.shape[2]
-    xw, dt = x.to(wide), dt.to(wide)
-    Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)
-    index = torch.zeros(b, T, dtype=torch.int32, device=x.device) if documents is None else documents
-    log_decay = (dt * A.to(wide)).transpose(1, 2)  # (B, H, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(-1)
-    # Segment sums by a masked cumulative sum: column j sums the decays of the tokens after j.
-    segment = log_decay[..., None].expand(b, H, T, T).masked_fill(~later, 0).cumsum(-2)
-    visible = (later | torch.eye(T, dtype=torch.bool, device=x.device)) & (index[:, :, None] == index[:, None])
-    L = segment.masked_fill(~visible[:, None], float("-inf")).exp()
-    dtx = dt[..., None] * xw
-    y = torch.einsum("bhij,bihn,bjhn,bjhp->bihp", L, Ch, Bh, dtx)
-    state = torch.einsum("bhj,bjhn,bjhp->bhpn", L[:, :, -1], Bh, dtx)
-    if initial_state is not None:
-        carried = log_decay.cumsum(-1).masked_fill((index != 0)[:, None], float("-inf")).exp()  # (B, H, T)
-        y = y + torch.einsum("bhi,bihn,bhpn->bihp", carried, Ch, initial_state)
-        state = state + carried[:, :, -1, None, None] * initial_state
-    if D is not None:
-        y = y + D.to(wide)[:, None] * xw
-    return y.to(x.dtype), state
 
 
 def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple[Tensor, Tensor]:
