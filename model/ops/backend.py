@@ -5,10 +5,10 @@ A backend that the user named is never replaced by another one: if it is missing
 an error. `auto` takes the first backend, in the op's order of preference, that is available and can do it.
 """
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -56,7 +56,7 @@ class Backend:
 
 @cache
 def _importable(module: str | None) -> bool:
-    return module is None or importlib.util.find_spec(module) is not None
+    return module is None or find_spec(module) is not None
 
 
 _declared: dict[str, tuple[Backend, ...]] = {}
