@@ -4,11 +4,13 @@ Legend: B batch rows, T tokens in a row, D width.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from model.ops.attention import document_bounds
 from model.params import stable_seed
 
 
@@ -26,6 +28,12 @@ class Documents:
     positions: Tensor
     single: bool
     """No document begins inside a row (a start at its first token aside): kernels may take their simpler path."""
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where documents begin, and the end, over the flattened rows (`document_bounds`): found once for all layers,
+        because the host waits for the device."""
+        return document_bounds(self.index)
 
     @staticmethod
     def from_starts(starts: Tensor, position: Tensor | None = None) -> "Documents":

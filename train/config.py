@@ -19,6 +19,7 @@ import torch
 from data.prepare import DataConfig
 from model.config import ModelConfig
 from model.hybrid import Precision
+from model.ops.backend import check_names
 from train.engine import ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
@@ -61,6 +62,7 @@ class TrainingConfig:
         require(
             self.tokens >= self.tokens_per_step, "tokens", self.tokens, f"one step ({self.tokens_per_step}) or more"
         )
+        check_names(self.backends)
 
     @property
     def tokens_per_step(self) -> int:

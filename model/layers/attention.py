@@ -110,8 +110,16 @@ class Attention(nn.Module):
             q = rotary(q, ctx.documents.positions, self.config.rope_theta)
             k = rotary(k, ctx.documents.positions, self.config.rope_theta)
         past = None if state is None else Past(state.k, state.v, state.length)
-        documents = None if ctx.documents.single and past is None else ctx.documents.index
-        y = attention(q, k, v, window=self.config.window, documents=documents, past=past)
+        packed = not ctx.documents.single
+        y = attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            documents=ctx.documents.index if packed or past is not None else None,
+            bounds=ctx.documents.bounds if packed and past is None else None,
+            past=past,
+        )
         return LayerOutput(self.out(y.flatten(2)), self._next_state(k, v, ctx, state) if ctx.carry else None)
 
     def _next_state(self, k: Tensor, v: Tensor, ctx: Context, state: AttentionState | None) -> AttentionState:

@@ -18,14 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import HALVES, Backend, choose
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, Scratch, exp2_, wide_dtype
 
 BLOCK = 128  # queries at a time; 64 measures alike, 256 is slower in a window
 
 _ALL = frozenset({"documents", "past", "window"})
-BACKENDS = (
-    Backend("flash_attn", _ALL - {"past"}, HALVES, module="flash_attn", device="cuda"),
+declare(
+    "attention",
+    Backend(
+        "flash_attn",
+        _ALL - {"past"},
+        HALVES,
+        {"head_dim": range(1, 257)},  # what is no multiple of 8 it pads itself
+        module="flash_attn",
+        device="cuda",
+        capability=(8, 0),
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -47,24 +56,29 @@ def attention(
     *,
     window: int | None = None,
     documents: Tensor | None = None,
+    bounds: Tensor | None = None,
     scale: float | None = None,
     past: Past | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """q: (B, T, H, P). k, v: (B, T, K, P), K divides H. window: tokens a query sees, itself included; None: all.
 
-    documents: (B, T) int32, non-decreasing: a query sees its own document only; index 0 continues `past`. scale: of
-    the scores, 1/sqrt(P) unless given. Returns (B, T, H, P). A change in one document leaves the outputs and
-    gradients of the others bit-identical.
+    documents: (B, T) int32, non-decreasing: a query sees its own document only; index 0 continues `past`. bounds: the
+    `document_bounds` of `documents`, for callers that have them (to find them is to wait for the device). scale: of the
+    scores, 1/sqrt(P) unless given. Returns (B, T, H, P). A change in one document leaves the outputs and gradients of
+    the others bit-identical.
     """
     assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads do not divide into {k.shape[2]} key/value heads"
     assert window is None or window > 0, "a window holds at least the token itself"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     given = {"documents": documents is not None, "past": past is not None, "window": window is not None}
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("attention", BACKENDS, backend, needs=needs, dtype=q.dtype, device=q.device).name
+    sizes = {"head_dim": q.shape[-1]}
+    name = choose("attention", backend, needs=needs, sizes=sizes, dtype=q.dtype, device=q.device).name
     if name == "flash_attn":
-        return _flash(q, k, v, window, documents, scale)
+        if documents is not None and bounds is None:
+            bounds = document_bounds(documents)
+        return _flash(q, k, v, window, bounds, scale)
     k, v, document, limit = _with_past(q, k, v, documents, past, window)
     if name == "reference":
         return attention_reference(q, k, v, document, limit, scale)
@@ -112,22 +126,25 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None
     return torch.einsum("bhij,bjhp->bihp", weights, v).to(q.dtype)
 
 
-def _flash(q, k, v, window: int | None, documents: Tensor | None, scale: float) -> Tensor:
+def document_bounds(documents: Tensor) -> Tensor:
+    """documents: (B, T), as above -> (documents of all rows + 1,) int32: where each begins, counted over the flattened
+    rows, and B T. The host waits for the device to know how many there are."""
+    first = torch.ones_like(documents[:, :1], dtype=torch.bool)
+    begins = torch.cat([first, documents[:, 1:] != documents[:, :-1]], 1).flatten()
+    return torch.cat([begins, first[0]]).nonzero().flatten().to(torch.int32)
+
+
+def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     visible = (-1, -1) if window is None else (window - 1, 0)
-    if documents is None:
-        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=visible)
-    B, T = documents.shape
-    fresh = torch.ones(B, 1, dtype=torch.bool, device=q.device)
-    starts = torch.cat([fresh, documents[:, 1:] != documents[:, :-1]], 1).flatten().nonzero().flatten()
-    bounds = torch.cat([starts, starts.new_tensor([B * T])]).to(torch.int32)
-    longest = int(bounds.diff().max())
+    # Its backward adds in any order unless told otherwise.
+    options = {"softmax_scale": scale, "causal": True, "window_size": visible, "deterministic": True}
+    if bounds is None:
+        return flash_attn_func(q, k, v, **options)
+    longest = q.shape[1]  # an upper bound: the exact length would have to be waited for
     rows = (x.flatten(0, 1) for x in (q, k, v))
-    y = flash_attn_varlen_func(
-        *rows, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=visible
-    )
-    return y.view(q.shape)
+    return flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, **options).view(q.shape)
 
 
 class _BlockAttention(torch.autograd.Function):

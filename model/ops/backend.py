@@ -1,17 +1,17 @@
-"""Which implementation of an op runs: each backend declares what it can do, one rule picks, and the choice is reported.
+"""Which implementation of an op runs: each op declares its backends and what they can do, one rule picks, and the
+choice is reported.
 
 A backend that the user named is never replaced by another one: if it is missing or cannot do what is asked, that is
 an error. `auto` takes the first backend, in the op's order of preference, that is available and can do it.
 """
 
-import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
-OPS = ("ssd", "conv", "attention")
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -21,47 +21,74 @@ class Backend:
     """One implementation of an op and what it declares.
 
     can: the features it has, out of the op's own words ("documents", "initial_state", ...). dtypes: of the op's main
-    input. module: the package it imports, None for plain torch. device: "cuda", or "any".
+    input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module:
+    the package it imports, None for plain torch. device: "cuda", or "any". capability: the least CUDA compute
+    capability.
     """
 
     name: str
     can: frozenset[str]
     dtypes: frozenset[torch.dtype] = FLOATS
+    sizes: Mapping[str, range] = field(default_factory=dict)
     module: str | None = None
     device: str = "any"
+    capability: tuple[int, int] | None = None
 
     def available(self) -> bool:
         """Its package can be imported and its device exists here."""
         return _importable(self.module) and (self.device == "any" or torch.cuda.is_available())
 
-    def lacks(self, needs: Iterable[str], dtype: torch.dtype, device: torch.device) -> str:
+    def lacks(self, needs: Iterable[str], sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> str:
         """Why it cannot serve this call, in words; empty if it can."""
         if self.device not in ("any", device.type):
             return f"it runs on {self.device}, the input is on {device.type}"
+        if self.capability is not None and torch.cuda.get_device_capability(device) < self.capability:
+            return "it wants a GPU of compute capability {}.{} or more".format(*self.capability)
         if dtype not in self.dtypes:
             return f"it does not take {dtype}"
+        for name, taken in self.sizes.items():
+            if sizes[name] not in taken:
+                wants = f"{taken[0]} to {taken[-1]}" if taken.step == 1 else f"multiples of {taken.step}"
+                return f"{name} is {sizes[name]}, it takes {wants}"
         missing = sorted(set(needs) - self.can)
         return f"it has no {', '.join(missing)}" if missing else ""
 
 
 @cache
 def _importable(module: str | None) -> bool:
-    return module is None or importlib.util.find_spec(module) is not None
+    return module is None or find_spec(module) is not None
 
 
+_declared: dict[str, tuple[Backend, ...]] = {}
 _requested: dict[str, str] = {}
 _chosen: dict[str, set[str]] = {}
+
+
+def declare(op: str, *backends: Backend) -> None:
+    """The backends of an op, in its order of preference: called once, by the file that holds the op."""
+    assert op not in _declared, f"{op} is declared twice"
+    _declared[op] = backends
+
+
+def check_names(backends: Mapping[str, str]) -> None:
+    """Raises ValueError unless `backends` maps ops to "auto" or names of their backends. The ops are those whose files
+    have been imported: `model.config` imports all that layer kinds use. Imports no package and asks no device: whether
+    a backend is there is found out where it runs."""
+    for op, name in backends.items():
+        if op not in _declared:
+            ops = ", ".join(sorted(_declared))
+            raise ValueError(f"backends.{op}: got {name!r} for an unknown op, wants one of {ops}")
+        known = [b.name for b in _declared[op]]
+        if name not in ("auto", *known):
+            raise ValueError(f"backends.{op}: got {name!r}, wants auto or one of {', '.join(known)}")
 
 
 def request(backends: Mapping[str, str]) -> None:
     """Set the backend per op for this process ("auto" or a name), as a recipe does at its start.
 
-    An op that is not named keeps "auto". Raises ValueError for an op that has no backends to choose from; the names of
-    backends are checked by the op that uses them (`choose`).
+    An op that is not named keeps "auto". Raises ValueError for unknown names, see `check_names`.
     """
-    for op in backends:
-        if op not in OPS:
-            raise ValueError(f"backends: got {op!r}, wants ops among {', '.join(OPS)}")
+    check_names(backends)
     _requested.clear()
     _requested.update(backends)
 
@@ -73,34 +100,35 @@ def chosen() -> dict[str, str]:
 
 def choose(
     op: str,
-    backends: Sequence[Backend],
     requested: str | None = None,
     *,
     needs: Iterable[str] = (),
+    sizes: Mapping[str, int] = {},
+    prefer: str | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Backend:
     """The backend for one call of `op`.
 
-    requested: a name, "auto", or None for what `request` has set. Raises ValueError if the named backend is unknown,
-    missing, or unable to do what the call needs.
+    requested: a name, "auto", or None for what `request` has set. needs, sizes: the features and the sizes of the call,
+    in the op's own words; every size that a backend limits must be here. prefer: what auto takes first, the op's order
+    aside. Raises ValueError if the named backend is unknown, missing, or unable to do what the call needs.
     """
-    name = requested or _requested.get(op, "auto")
+    backends, name = _declared[op], requested or _requested.get(op, "auto")
     needs = tuple(needs)
     if name == "auto":
-        able = (b for b in backends if not b.lacks(needs, dtype, device) and b.available())
+        order = sorted(backends, key=lambda b: b.name != prefer)
+        able = (b for b in order if not b.lacks(needs, sizes, dtype, device) and b.available())
         backend = next(able, None)
         if backend is None:
             raise ValueError(f"{op}: no backend here can do {', '.join(needs) or 'this'} in {dtype} on {device.type}")
     else:
-        backend = next((b for b in backends if b.name == name), None)
-        if backend is None:
-            known = ", ".join(b.name for b in backends)
-            raise ValueError(f"{op}: no backend is called {name!r}; use auto or one of {known}")
+        check_names({op: name})
+        backend = next(b for b in backends if b.name == name)
         if not backend.available():
             wants = f"the package {backend.module}" if backend.module else "a CUDA device"
             raise ValueError(f"{op}: backend {name!r} needs {wants}, which is missing here; install it or use auto")
-        if reason := backend.lacks(needs, dtype, device):
+        if reason := backend.lacks(needs, sizes, dtype, device):
             raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}; use auto or another backend")
     _chosen.setdefault(op, set()).add(backend.name)
     return backend

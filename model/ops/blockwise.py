@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
+ACCELERATOR_BLOCK = 2**26  # elements: 256 MiB in float32, of which an op holds a few
+
+
+def rows_at_once(device: torch.device, width: int, cpu_block: int) -> int:
+    """How many rows of `width` elements an op takes at a time, at least one.
+
+    On a CPU as many as make `cpu_block` elements, the op's own measure of what stays in the cache. Elsewhere a block
+    costs launches of kernels and only memory bounds it.
+    """
+    return max(1, (cpu_block if device.type == "cpu" else ACCELERATOR_BLOCK) // width)
 
 
 class Scratch:

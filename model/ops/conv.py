@@ -10,16 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import HALVES, Backend, choose
-from model.ops.blockwise import wide_dtype
+from model.ops.backend import HALVES, Backend, choose, declare
+from model.ops.blockwise import rows_at_once, wide_dtype
 
-# causal-conv1d takes documents or a state, not both; up to 4 taps; channels in eights.
-BACKENDS = (
-    Backend("causal_conv1d", frozenset({"documents", "state"}), HALVES, module="causal_conv1d", device="cuda"),
-    Backend("torch", frozenset({"documents", "state", "documents with state", "any shape"})),
-    Backend("reference", frozenset({"documents", "state", "documents with state", "any shape"})),
+_ALL = frozenset({"documents", "state", "documents with state"})
+declare(
+    "conv",
+    Backend(
+        "causal_conv1d",
+        # Both at once it refuses before version 1.7; since then it gives the state to the row's first document,
+        # whatever its index.
+        _ALL - {"documents with state"},
+        HALVES | {torch.float32},
+        {"taps": range(2, 5), "channels": range(8, 2**31, 8)},
+        module="causal_conv1d",
+        device="cuda",
+    ),
+    Backend("torch", _ALL),
+    Backend("reference", _ALL),
 )
-BLOCK = 2**18  # elements at a time: what stays in a core's cache
+BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache
 
 
 def causal_conv(
@@ -33,7 +43,8 @@ def causal_conv(
     return_state: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x: (B, T, C). weight: (C, k). bias: (C,) or None. activation: "silu" or None.
+    """x: (B, T, C). weight: (C, k). bias: (C,) or None. activation: "silu" or None. One token after a state is a
+    `causal_conv_step`.
 
     documents: (B, T) int32, non-decreasing: a tap never reads another document; index 0 continues `state`, the k-1
     inputs before the row, (B, k-1, C), zeros where there were none. Sums are float32. Returns y (B, T, C) in x's
@@ -46,9 +57,14 @@ def causal_conv(
     else:
         assert state.shape == (x.shape[0], k - 1, x.shape[2]), f"state has shape {tuple(state.shape)}"
         given = {"state": True, "documents with state": documents is not None}
-    given["any shape"] = k > 4 or x.shape[2] % 8 != 0
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("conv", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
+    sizes = {"taps": k, "channels": x.shape[2]}
+    prefer = "torch" if state is not None and x.shape[1] == 1 else None  # decoding: one token
+    name = choose("conv", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=x.dtype, device=x.device).name
+    if state is not None and name == prefer:
+        before = state if documents is None else torch.where((documents == 0)[..., None], state, 0)
+        y, after = causal_conv_step(x[:, 0], weight, bias, before, activation)
+        return y[:, None], after if return_state else None
     if name == "reference":
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":
@@ -82,11 +98,12 @@ def causal_conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token: x (B, C), state (B, k-1, C) -> (y (B, C), new state)."""
-    y, new = causal_conv(
-        x[:, None], weight, bias, state=state, activation=activation, return_state=True, backend="reference"
-    )
-    assert new is not None
-    return y[:, 0], new
+    taps = torch.cat([state.to(x.dtype), x[:, None]], 1)
+    wide = wide_dtype(x.dtype)
+    y = (taps.to(wide) * weight.t().to(wide)).sum(1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype), taps[:, 1:]
 
 
 def causal_conv_reference(
@@ -167,7 +184,7 @@ class _Row:
 
     def spans(self) -> list[slice]:
         B, T, C = self.x.shape
-        size = max(self.k - 1, BLOCK // (B * C), 1)
+        size = max(self.k - 1, rows_at_once(self.x.device, B * C, BLOCK))
         return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
     def inputs(self, span: slice) -> Tensor:
@@ -183,7 +200,7 @@ class _Row:
             return None
         reach = self.k - 1
         index = self.index[:, span.start : span.stop + reach]
-        if bool((index[:, 0] == index[:, -1]).all()):
+        if index.device.type == "cpu" and bool((index[:, 0] == index[:, -1]).all()):  # elsewhere a look costs a wait
             return None
         n = span.stop - span.start
         pairs = (index[:, reach - d : reach - d + n] == index[:, reach:] for d in range(1, self.k))
@@ -201,10 +218,11 @@ class _Row:
 
 
 def _causal_conv1d(x, weight, bias, documents, state, activation) -> Tensor:
-    # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has.
+    # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has, at strides in
+    # eights. `contiguous` would keep the strides of a wider tensor where there is but one token or row.
     from causal_conv1d import causal_conv1d_fn
 
-    x = x.contiguous().transpose(1, 2)
+    x = x.clone(memory_format=torch.contiguous_format).transpose(1, 2)
     bias = None if bias is None else bias.to(x.dtype)
     index = None if documents is None else documents.to(torch.int32).contiguous()
     before = None if state is None else state.to(x.dtype).contiguous().transpose(1, 2)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.blockwise import LOG2_E, exp2_, wide_dtype
+from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
 
 IGNORE = -100
-CHUNK = 2**22  # logits at a time: 16 MiB in float32
+CHUNK = 2**22  # logits at a time on a CPU: 16 MiB in float32
 
 
 def linear_cross_entropy(
@@ -95,7 +95,7 @@ def _chunks(n: int, w: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tenso
     """Rows of tokens with room for their logits, in the matmul's dtype and in the softmax's: the same memory each
     time, because the first touch of fresh memory takes longer than the work on it."""
     V = len(w)
-    size = min(n, max(16, CHUNK // V))
+    size = min(n, max(16, rows_at_once(w.device, V, CHUNK)))
     raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
     logits = torch.empty(size, V, dtype=wide, device=w.device)
     for start in range(0, n, size):

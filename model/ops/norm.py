@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.blockwise import wide_dtype
+from model.ops.blockwise import rows_at_once, wide_dtype
 
-BLOCK = 2**18  # elements at a time: what stays in a core's cache with its temporaries
+BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache with its temporaries
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -61,8 +61,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])  # a view for slices of a wider last dimension, too
 
 
-def _blocks(n: int, width: int) -> Iterator[slice]:
-    size = max(1, BLOCK // width)
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    n, width = rows.shape
+    size = rows_at_once(rows.device, width, BLOCK)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
@@ -75,7 +76,7 @@ class _Norm(torch.autograd.Function):
         w = weight.to(wide).view(groups, -1)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         scale = torch.empty(n, groups, 1, dtype=wide, device=x.device)
-        for rows in _blocks(n, D):
+        for rows in _blocks(xs):
             h = xs[rows].to(wide)
             if zs is not None and not norm_first:
                 h = F.silu(zs[rows].to(wide)).mul_(h)
@@ -94,12 +95,12 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
         wide, xs, zs, dys = wide_dtype(x.dtype), _rows(x), None if z is None else _rows(z), _rows(dy)
-        n, D = xs.shape
+        D = xs.shape[1]
         w = weight.to(wide).view(scale.shape[1], -1)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
         dw = torch.zeros_like(w)
-        for rows in _blocks(n, D):
+        for rows in _blocks(xs):
             xb, g, r = xs[rows].to(wide), dys[rows].to(wide), scale[rows]
             h = xb
             if zs is not None:
@@ -137,7 +138,7 @@ class _SwiGLU(torch.autograd.Function):
         gates, ups = _rows(gate), _rows(up)
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         flat = out.view(-1, gate.shape[-1])
-        for rows in _blocks(*gates.shape):
+        for rows in _blocks(gates):
             torch.mul(F.silu(gates[rows]), ups[rows], out=flat[rows])
         ctx.save_for_backward(gate, up)
         return out
@@ -149,7 +150,7 @@ class _SwiGLU(torch.autograd.Function):
         gates, ups, dys = _rows(gate), _rows(up), _rows(dy)
         d_gate, d_up = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (gate, up))
         d_gates, d_ups = _rows(d_gate), _rows(d_up)
-        for rows in _blocks(*gates.shape):
+        for rows in _blocks(gates):
             g, d = gates[rows], dys[rows]
             torch.mul(F.silu(g), d, out=d_ups[rows])
             torch.ops.aten.silu_backward(d * ups[rows], g, grad_input=d_gates[rows])

@@ -2,9 +2,9 @@
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        y_t = S_t C_t + D x_t
 
-Three forms of the same map: `ssd_reference` (token by token, the oracle), `ssd_quadratic` (the dual form, an oracle
-for tests) and the chunked one (`model/ops/ssd_chunked.py`) that `ssd` runs. On CUDA `ssd` takes mamba-ssm's kernels
-where they are installed.
+Two forms of the same map: `ssd_reference` (token by token, the oracle) and the chunked one (`model/ops/ssd_chunked.py`)
+that `ssd` runs; one token after a state, as in decoding, is a step of the recurrence. On CUDA `ssd` takes mamba-ssm's
+kernels where they are installed.
 
 Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by the H/G heads of a group), N state.
 """
@@ -12,13 +12,21 @@ Legend: B batch, T tokens, H heads, P head dim, G groups (B and C are shared by 
 import torch
 from torch import Tensor
 
-from model.ops.backend import HALVES, Backend, choose
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import wide_dtype
 from model.ops.ssd_chunked import ssd_chunked
 
 _ALL = frozenset({"documents", "initial_state", "final_state"})
-BACKENDS = (
-    Backend("mamba_ssm", _ALL, HALVES | {torch.float32}, module="mamba_ssm", device="cuda"),
+declare(
+    "ssd",
+    Backend(
+        "mamba_ssm",
+        _ALL,
+        HALVES | {torch.float32},
+        {"head_dim": range(1, 257)},  # its backward holds whole heads in shared memory: 512 fit no GPU
+        module="mamba_ssm",
+        device="cuda",
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -56,8 +64,10 @@ def ssd(
         "final_state": return_state,
     }
     needs = [name for name, wanted in given.items() if wanted]
-    name = choose("ssd", BACKENDS, backend, needs=needs, dtype=x.dtype, device=x.device).name
-    if name == "reference":
+    sizes = {"head_dim": x.shape[-1]}
+    prefer = "torch" if initial_state is not None and x.shape[1] == 1 else None  # decoding: one token
+    name = choose("ssd", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=x.dtype, device=x.device).name
+    if name in ("reference", prefer):
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
         y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128)
@@ -79,19 +89,32 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, documents: Te
 
 
 def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    continues: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state)."""
-    wide, heads = wide_dtype(x.dtype), x.shape[1]
-    Bh = B.to(wide).repeat_interleave(heads // B.shape[1], 1)
-    Ch = C.to(wide).repeat_interleave(heads // C.shape[1], 1)
+    """One token of the recurrence: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) -> (y, new state).
+
+    continues: (B,) bool, False where the token begins a document, which does not see the state.
+    """
+    wide, (b, G, N) = wide_dtype(x.dtype), B.shape
     dt, xw = dt.to(wide), x.to(wide)
     decay = torch.exp(dt * A.to(wide))
-    state = decay[..., None, None] * state.to(wide) + (dt[..., None] * xw)[..., None] * Bh[:, :, None]
-    y = (state @ Ch[..., None]).squeeze(-1)
+    if continues is not None:
+        decay = decay * continues[:, None]
+    # The heads of a group are rows of one matmul.
+    kept = (decay[..., None, None] * state.to(wide)).reshape(b, G, -1, N)
+    dtx = (dt[..., None] * xw).reshape(b, G, -1, 1)
+    grouped = kept.addcmul_(dtx, B.to(wide)[:, :, None])
+    y = (grouped @ C.to(wide)[..., None]).view(x.shape)
     if D is not None:
         y = y + D.to(wide)[:, None] * xw
-    return y.to(x.dtype), state
+    return y.to(x.dtype), grouped.view(state.shape)
 
 
 def ssd_reference(
@@ -110,60 +133,24 @@ def ssd_reference(
     state = x.new_zeros(b, H, P, B.shape[-1], dtype=wide_dtype(x.dtype)) if initial_state is None else initial_state
     ys = []
     for t in range(T):
-        if documents is not None:
-            before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
-            state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0)
-        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        continues = None if documents is None else documents[:, t] == (documents[:, t - 1] if t else 0)
+        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state, continues)
         ys.append(y)
     return torch.stack(ys, 1), state
 
 
-def ssd_quadratic(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    documents: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i): quadratic in T, for tests."""
-    b, T, H = dt.shape
-    wide, repeats = wide_dtype(x.dtype), H // B.shape[2]
-    xw, dt = x.to(wide), dt.to(wide)
-    Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)
-    index = torch.zeros(b, T, dtype=torch.int32, device=x.device) if documents is None else documents
-    log_decay = (dt * A.to(wide)).transpose(1, 2)  # (B, H, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(-1)
-    # Segment sums by a masked cumulative sum: column j sums the decays of the tokens after j.
-    segment = log_decay[..., None].expand(b, H, T, T).masked_fill(~later, 0).cumsum(-2)
-    visible = (later | torch.eye(T, dtype=torch.bool, device=x.device)) & (index[:, :, None] == index[:, None])
-    L = segment.masked_fill(~visible[:, None], float("-inf")).exp()
-    dtx = dt[..., None] * xw
-    y = torch.einsum("bhij,bihn,bjhn,bjhp->bihp", L, Ch, Bh, dtx)
-    state = torch.einsum("bhj,bjhn,bjhp->bhpn", L[:, :, -1], Bh, dtx)
-    if initial_state is not None:
-        carried = log_decay.cumsum(-1).masked_fill((index != 0)[:, None], float("-inf")).exp()  # (B, H, T)
-        y = y + torch.einsum("bhi,bihn,bhpn->bihp", carried, Ch, initial_state)
-        state = state + carried[:, :, -1, None, None] * initial_state
-    if D is not None:
-        y = y + D.to(wide)[:, None] * xw
-    return y.to(x.dtype), state
-
-
 def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple[Tensor, Tensor]:
-    # Its seq_idx has our meaning: the state passed in belongs to index 0.
+    # Its seq_idx has our meaning: the state passed in belongs to index 0. Chunks that are no power of two gave NaN, and
+    # the result does not depend on them.
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined(
         x,
         dt,
         A,
-        B,
-        C,
-        chunk,
+        B.to(x.dtype),
+        C.to(x.dtype),
+        min(max(1 << chunk.bit_length() - 1, 16), 256),
         D=D,
         initial_states=initial_state,
         seq_idx=None if documents is None else documents.to(torch.int32).contiguous(),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import context
 from model.config import ModelConfig
 from model.context import Documents, NoiseKey
 from model.hybrid import HybridLM, Precision, forward_flops, initialise_model, parameter_count
@@ -153,3 +154,20 @@ def test_config_survives_json() -> None:
 def test_wrong_options_are_refused_with_the_key(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         samba(**change)
+
+
+def test_document_bounds_are_found_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All attention layers share them, recomputed blocks too: finding them makes the host wait for the device. Rows of
+    one document and decoding need none."""
+    calls = []
+    find = context.document_bounds
+    monkeypatch.setattr(context, "document_bounds", lambda index: calls.append(1) or find(index))
+    model = HybridLM(samba(), recompute=True)
+    initialise_model(model, seed=1)
+    tokens = torch.zeros(1, 9, dtype=torch.int64)
+    starts = torch.tensor([[True, False, False, True, False, False, False, True, False]])
+    model(tokens, starts, targets=tokens).nll.sum().backward()
+    assert len(calls) == 1
+    state = model(tokens, torch.zeros_like(starts), carry=True).state
+    model(tokens, starts, state=state, carry=True)
+    assert len(calls) == 1

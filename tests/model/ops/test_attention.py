@@ -1,12 +1,16 @@
 """Attention: windows, grouped heads, documents and cached keys against the explicit masked softmax; RoPE."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace as FakeModule
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import attention as module
-from model.ops.attention import Past, attention, rotary
+from model.ops.attention import Past, attention, document_bounds, rotary
 from tests.model.ops.support import assert_same, largest, leaf, outputs_and_gradients, packed
 
 B, H, K, P = 2, 4, 2, 6
@@ -111,6 +115,51 @@ def test_memory_does_not_grow_with_tokens_squared(window):
     q, k, v = (leaf(1, T, 1, 4, dtype=torch.float32, seed=i) for i in range(3))
     size = largest(lambda: attention(q, k, v, window=window, documents=packed([T // 2, T // 2])), [q, k, v])
     assert size <= T * 16
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A flash-attn of plain torch, so that the calls to it can be tested without a GPU: the options of each call."""
+    calls = []
+
+    def fixed(q, k, v, *, softmax_scale, causal, window_size, deterministic):
+        calls.append({"window": window_size, "causal": causal, "deterministic": deterministic})
+        window = window_size[0] + 1 if window_size[0] >= 0 else None
+        return attention(q, k, v, window=window, scale=softmax_scale, backend="reference")
+
+    def ragged(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options):
+        pieces = list(pairwise(bounds_q.tolist()))
+        assert max(stop - start for start, stop in pieces) <= longest_q == longest_k
+        assert bounds_q.dtype == bounds_k.dtype == torch.int32
+        return torch.cat([fixed(*(x[None, start:stop] for x in (q, k, v)), **options)[0] for start, stop in pieces])
+
+    monkeypatch.setitem(sys.modules, "flash_attn", FakeModule(flash_attn_func=fixed, flash_attn_varlen_func=ragged))
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("documents", [None, packed([5, 1, 14], [20])])
+def test_flash_attn_is_asked_for_the_same_map(flash, window, documents):
+    """Windows and document bounds in flash-attn's own terms, with the backward that repeats itself to the bit."""
+    q, k, v = leaf(B, 20, H, P), leaf(B, 20, K, P, seed=1), leaf(B, 20, K, P, seed=2)
+    bounds = None if documents is None else document_bounds(documents)
+    got = module._flash(q, k, v, window, bounds, 0.3)
+    assert_same([got], [attention(q, k, v, window=window, documents=documents, scale=0.3, backend="reference")], 1e-12)
+    assert all(call["deterministic"] and call["causal"] for call in flash)
+
+
+def test_flash_attn_waits_for_nothing(monkeypatch):
+    """Given bounds, no value is read on the host, which fails on meta: a wait per layer leaves the GPU idle."""
+    fake = FakeModule(flash_attn_func=None, flash_attn_varlen_func=lambda q, *rest, **options: q)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    q, bounds = torch.empty(B, 20, H, P, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
+    assert module._flash(q, q, q, 4, bounds, 0.3).shape == q.shape
+
+
+def test_document_bounds():
+    """Every row begins a document; indices need not begin at 0."""
+    assert document_bounds(packed([5, 1, 14], [20])).tolist() == [0, 5, 6, 20, 40]
+    assert document_bounds(packed([3], [1, 2], state=False)).tolist() == [0, 3, 4, 6]
 
 
 def test_rotary_turns_by_relative_position():

@@ -79,6 +79,19 @@ def test_pieces_and_steps_equal_the_row():
     assert_same([torch.stack(ys, 1), state], [second, end], 1e-12)
 
 
+def test_one_token_after_a_state_is_a_step(monkeypatch):
+    """Decoding skips the blocks; a row whose token begins a document does not see the state."""
+    x, w, b, s = leaf(B, 1, C), leaf(C, 4), leaf(C), leaf(B, 3, C)
+    monkeypatch.setattr(conv, "_CausalConv", None)
+    for documents in (None, torch.tensor([[0], [1]], dtype=torch.int32)):
+
+        def run(backend, documents=documents):
+            return causal_conv(x, w, b, documents=documents, state=s, return_state=True, backend=backend)
+
+        want = outputs_and_gradients(lambda run=run: run("reference"), [x, w, b, s])
+        assert_same(outputs_and_gradients(lambda run=run: run("torch"), [x, w, b, s]), want, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_documents_are_isolated_to_the_bit(dtype):
     """A change in one document does not move the others by one bit, forward or backward."""

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.ops.ssd import ssd, ssd_quadratic, ssd_reference, ssd_step
+from model.ops import ssd as module
+from model.ops.blockwise import wide_dtype
+from model.ops.ssd import ssd, ssd_reference, ssd_step
 from model.ops.ssd_chunked import ssd_chunked
 from tests.model.ops.support import assert_same, largest, leaf, outputs_and_gradients, packed
 
@@ -33,6 +35,32 @@ def documents_for(T: int) -> dict[str, Tensor | None]:
         choices["continuing"] = packed([T // 3, 1, 1, T - T // 3 - 2], [T - 2, 2])
         choices["fresh"] = choices["continuing"] + torch.tensor([[1], [0]], dtype=torch.int32)
     return choices
+
+
+def ssd_quadratic(x, dt, A, B, C, *, D=None, documents=None, initial_state=None) -> tuple[Tensor, Tensor]:
+    """The dual form, Y = (L o C B^T) (dt X) with L[i, j] = exp(a_{j+1} + ... + a_i), quadratic in T: an oracle that
+    shares nothing with the recurrence. Arguments and results as in `ssd`."""
+    b, T, H = dt.shape
+    wide, repeats = wide_dtype(x.dtype), H // B.shape[2]
+    xw, dt = x.to(wide), dt.to(wide)
+    Bh, Ch = B.to(wide).repeat_interleave(repeats, 2), C.to(wide).repeat_interleave(repeats, 2)
+    index = torch.zeros(b, T, dtype=torch.int32, device=x.device) if documents is None else documents
+    log_decay = (dt * A.to(wide)).transpose(1, 2)  # (B, H, T)
+    later = torch.ones(T, T, dtype=torch.bool, device=x.device).tril(-1)
+    # Segment sums by a masked cumulative sum: column j sums the decays of the tokens after j.
+    segment = log_decay[..., None].expand(b, H, T, T).masked_fill(~later, 0).cumsum(-2)
+    visible = (later | torch.eye(T, dtype=torch.bool, device=x.device)) & (index[:, :, None] == index[:, None])
+    L = segment.masked_fill(~visible[:, None], float("-inf")).exp()
+    dtx = dt[..., None] * xw
+    y = torch.einsum("bhij,bihn,bjhn,bjhp->bihp", L, Ch, Bh, dtx)
+    state = torch.einsum("bhj,bjhn,bjhp->bhpn", L[:, :, -1], Bh, dtx)
+    if initial_state is not None:
+        carried = log_decay.cumsum(-1).masked_fill((index != 0)[:, None], float("-inf")).exp()  # (B, H, T)
+        y = y + torch.einsum("bhi,bihn,bhpn->bihp", carried, Ch, initial_state)
+        state = state + carried[:, :, -1, None, None] * initial_state
+    if D is not None:
+        y = y + D.to(wide)[:, None] * xw
+    return y.to(x.dtype), state
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 16, 33])
@@ -97,6 +125,21 @@ def test_step_equals_row():
         y, state = ssd_step(x[:, t], dt[:, t], A, Bm[:, t], Cm[:, t], D, state)
         ys.append(y)
     assert_same([torch.stack(ys, 1), state], want, 1e-10)
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0], [1]], dtype=torch.int32)])
+def test_one_token_after_a_state_is_a_step(monkeypatch, documents):
+    """Decoding skips the chunks; a row whose token begins a document does not see the state."""
+    x, dt, A, Bm, Cm, D, S = leaves = inputs(1)
+
+    def run(form, **kwargs):
+        return outputs_and_gradients(
+            lambda: form(x, dt, A, Bm, Cm, D=D, documents=documents, initial_state=S, **kwargs), leaves
+        )
+
+    want = run(ssd_quadratic)
+    monkeypatch.setattr(module, "ssd_chunked", None)
+    assert_same(run(ssd, return_state=True), want, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,167 @@
+"""Fused kernels without a GPU: which calls reach them, and what they are asked. Fakes stand for the packages; each
+asserts what its package checks (causal-conv1d 1.7 csrc/causal_conv1d.cpp, mamba-ssm 2.3, flash-attn 2.8)."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.ops import backend
+from model.ops.attention import Past, attention
+from model.ops.backend import Backend, chosen, request
+from model.ops.conv import causal_conv, causal_conv_reference
+from model.ops.ssd import ssd
+from model.registry import KINDS  # noqa: F401  (its layers declare every op)
+from tests.model.ops.support import assert_same, leaf, packed
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """As on a machine with every package and a recent GPU; tensors on the CPU pass for CUDA's."""
+    here = {op: tuple(replace(b, device="any") for b in backends) for op, backends in backend._declared.items()}
+    monkeypatch.setattr(backend, "_declared", here)
+    monkeypatch.setattr(backend, "_requested", {})
+    monkeypatch.setattr(backend, "_chosen", {})
+    monkeypatch.setattr(Backend, "available", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv_kernel))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=flash))
+    scan = SimpleNamespace(mamba_chunk_scan_combined=scan_kernel)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)
+
+
+def conv_kernel(x, weight, bias, *, seq_idx, initial_states, activation) -> Tensor:
+    B, C, T = x.shape
+    assert x.stride(1) == 1 and x.stride(2) > 1, "channels last"
+    assert C % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
+    assert 2 <= weight.shape[1] <= 4
+    assert bias is None or bias.dtype == weight.dtype
+    assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.is_contiguous() and seq_idx.shape == (B, T))
+    assert seq_idx is None or initial_states is None
+    if initial_states is not None:
+        assert initial_states.dtype == x.dtype and initial_states.stride(1) == 1
+        initial_states = initial_states.transpose(1, 2)
+    return causal_conv_reference(x.transpose(1, 2), weight, bias, seq_idx, initial_states, activation).transpose(1, 2)
+
+
+def flash(q, k, v, *bounds, **options) -> Tensor:
+    assert q.shape[-1] <= 256 and q.dtype == k.dtype == v.dtype == HALF
+    return q
+
+
+def scan_kernel(x, dt, A, B, C, chunk, *, D, initial_states, seq_idx, dt_softplus, return_final_states):
+    assert x.dtype == B.dtype == C.dtype and x.shape[-1] <= 256
+    assert chunk in (16, 32, 64, 128, 256)
+    return ssd(x, dt, A, B, C, D=D, documents=seq_idx, initial_state=initial_states, return_state=True, backend="torch")
+
+
+def conv(B: int = 2, T: int = 6, C: int = 8, k: int = 4, dtype=HALF, **kwargs) -> Tensor:
+    wide = leaf(B, T, C + 5, dtype=dtype)  # x is a slice, as a fused projection gives it
+    return causal_conv(wide[..., :C], leaf(C, k, dtype=dtype), leaf(C, dtype=dtype), **kwargs)[0]
+
+
+def attend(P: int = 8, dtype=HALF, **kwargs) -> Tensor:
+    q = leaf(1, 6, 2, P, dtype=dtype)
+    return attention(q, q, q, **kwargs)
+
+
+def scan(P: int = 4, chunk: int = 128, dtype=HALF, **kwargs) -> Tensor:
+    B, C = (leaf(1, 6, 1, 4, dtype=torch.float32, seed=seed).to(dtype) for seed in (1, 2))
+    x, dt = leaf(1, 6, 2, P, dtype=dtype), torch.ones(1, 6, 2)
+    return ssd(x, dt, -torch.ones(2), B, C, chunk=chunk, **kwargs)[0]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        conv,
+        lambda: conv(k=2, dtype=torch.float32),
+        lambda: conv(documents=packed([2, 4], [6])),
+        lambda: conv(state=leaf(2, 3, 8, dtype=HALF)),
+        lambda: conv(B=1, T=1),
+        lambda: conv(B=2, T=1, C=16, k=3),
+        attend,
+        lambda: attend(P=12, window=3),
+        lambda: attend(P=256, documents=packed([2, 4])),
+        scan,
+        lambda: scan(chunk=40),
+        lambda: scan(chunk=5),
+        lambda: scan(chunk=1000),
+        lambda: scan(P=256, dtype=torch.float32, documents=packed([2, 4]), initial_state=torch.ones(1, 2, 256, 4)),
+    ],
+)
+def test_auto_takes_the_fused_kernel(run):
+    """What a package can do goes to it, in the layout that it checks for."""
+    run()
+    assert set(chosen().values()) & {"causal_conv1d", "flash_attn", "mamba_ssm", "mamba_ssm, torch"}
+
+
+@pytest.mark.parametrize(
+    ("run", "op", "name", "why"),
+    [
+        (lambda: conv(k=5), "conv", "causal_conv1d", "taps is 5, it takes 2 to 4"),
+        (lambda: conv(k=1), "conv", "causal_conv1d", "taps is 1, it takes 2 to 4"),
+        (lambda: conv(C=12), "conv", "causal_conv1d", "channels is 12, it takes multiples of 8"),
+        (lambda: conv(dtype=torch.float64), "conv", "causal_conv1d", "it does not take torch.float64"),
+        (
+            lambda: conv(documents=packed([2, 4], [6]), state=leaf(2, 3, 8, dtype=HALF)),
+            "conv",
+            "causal_conv1d",
+            "it has no documents with state",
+        ),
+        (lambda: attend(P=264), "attention", "flash_attn", "head_dim is 264, it takes 1 to 256"),
+        (lambda: attend(dtype=torch.float32), "attention", "flash_attn", "it does not take torch.float32"),
+        (
+            lambda: attend(past=Past(*[leaf(1, 2, 2, 8, dtype=HALF)] * 2, torch.tensor([2]))),
+            "attention",
+            "flash_attn",
+            "it has no past",
+        ),
+        (lambda: scan(P=512), "ssd", "mamba_ssm", "head_dim is 512, it takes 1 to 256"),
+        (lambda: scan(dtype=torch.float64), "ssd", "mamba_ssm", "it does not take torch.float64"),
+    ],
+)
+def test_what_a_kernel_cannot_do_never_reaches_it(run, op, name, why):
+    """auto goes past it to plain torch; named by the user, it is refused in words instead of failing inside."""
+    run()
+    assert chosen() == {op: "torch"}
+    request({op: name})
+    with pytest.raises(ValueError, match=f"{op}: backend '{name}' cannot serve this call: {why}"):
+        run()
+
+
+def test_one_token_after_a_state_goes_to_plain_torch():
+    """Decoding: a step of the recurrence is less work than a kernel's whole chunk. A kernel can still be named."""
+    x, b, state = leaf(1, 1, 2, 4, dtype=HALF), leaf(1, 1, 1, 4, dtype=HALF), torch.ones(1, 2, 4, 4)
+    args = (x, torch.ones(1, 1, 2), -torch.ones(2), b, b)
+    ssd(*args, initial_state=state)
+    conv(T=1, state=leaf(2, 3, 8, dtype=HALF))
+    assert chosen() == {"ssd": "torch", "conv": "torch"}
+    ssd(*args, initial_state=state, backend="mamba_ssm")
+    conv(T=1, state=leaf(2, 3, 8, dtype=HALF), backend="causal_conv1d")
+    assert chosen() == {"ssd": "mamba_ssm, torch", "conv": "causal_conv1d, torch"}
+
+
+def test_flash_attn_wants_an_ampere_gpu(monkeypatch):
+    """An older GPU gets plain torch, not an error from the kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    attend()
+    assert chosen() == {"attention": "torch"}
+    with pytest.raises(ValueError, match=r"it wants a GPU of compute capability 8\.0 or more"):
+        attend(backend="flash_attn")
+
+
+@pytest.mark.parametrize("state", [None, leaf(2, 3, 8, dtype=torch.float32)])
+def test_the_convolution_kernel_is_asked_for_the_same_map(state):
+    """Through the kernel's layout and back: the plain path's values."""
+    for documents in (None, packed([2, 4], [6])) if state is None else (None,):
+        run = [
+            conv(dtype=torch.float32, documents=documents, state=state, activation="silu", backend=name)
+            for name in ("causal_conv1d", "torch")
+        ]
+        assert_same(run[:1], run[1:], 1e-6)
