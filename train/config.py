@@ -112,12 +112,14 @@ class CheckpointsConfig:
     """What is saved, besides a checkpoint at the end and when the run is asked to stop.
 
     every_tokens: tokens from one checkpoint to the next, none for no others. keep_last: number of newest checkpoints
-    that are kept. resume: "auto" goes on from the newest valid checkpoint or begins, "required" refuses to begin,
-    "never" refuses a folder that holds a checkpoint.
+    that are kept. aside: training goes on while a checkpoint is written, from one more copy of the state in host
+    memory; false stops it for as long. resume: "auto" goes on from the newest valid checkpoint or begins, "required"
+    refuses to begin, "never" refuses a folder that holds a checkpoint.
     """
 
     every_tokens: int | None = None
     keep_last: int = 3
+    aside: bool = True
     resume: Literal["auto", "required", "never"] = "auto"
 
     def __post_init__(self) -> None:

@@ -26,14 +26,17 @@ def train(recipe: Recipe) -> int:
         while not run.finished:
             run.metrics.step(train_step(run))
             run.announce_backends()
+            run.check_saved()
             stopping = run.stop_asked()
             if run.due(recipe.evaluation.every_tokens) and not (stopping or run.finished):
                 validate(run)
             if stopping or run.finished or run.due(recipe.checkpoints.every_tokens):
                 run.save()
             if stopping and not run.finished:
+                run.settle_saved()
                 run.metrics.say(f"stopped after step {run.clock.step} and saved; the same command resumes")
                 return EXIT_STOPPED
+        run.settle_saved()
         if not run.reported:
             finish(run)
     return EXIT_DONE

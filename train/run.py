@@ -19,7 +19,7 @@ from model.hybrid import HybridLM, initialise_model, parameter_count
 from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
 from train.checkpoint.capture import restore
-from train.checkpoint.store import Store
+from train.checkpoint.store import Saved, Store
 from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
@@ -100,10 +100,21 @@ class Run:
             self.metrics.say("ops: " + ", ".join(f"{op} by {names}" for op, names in self.backends.items()))
 
     def save(self) -> None:
-        """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
+        """Begins to save a checkpoint: model, optimizer, data position, clock and what identifies them."""
         self.mesh.together(self.confirm_lock)
-        folder = self.store.save(self.engine, self.clock.tokens, self._extra())
-        self.metrics.event("saved", step=self.clock.step, checkpoint=folder.name)
+        self._note_saved(self.store.save(self.engine, self.clock.step, self.clock.tokens, self._extra()))
+
+    def check_saved(self) -> None:
+        """Writes down a save that has been committed since. Raises CheckpointError when it failed."""
+        self._note_saved(self.store.poll())
+
+    def settle_saved(self) -> None:
+        """Waits for the save on its way; otherwise like `check_saved`."""
+        self._note_saved(self.store.settle())
+
+    def _note_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self.metrics.event("saved", step=saved.step, checkpoint=saved.folder.name)
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -142,7 +153,15 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             options=recipe.parallel.buckets,
         )
         stack.callback(engine.close)
-        store = Store(recipe.folder / "checkpoints", mesh, recipe.checkpoints.keep_last, print)
+        store = Store(
+            recipe.folder / "checkpoints",
+            mesh,
+            recipe.checkpoints.keep_last,
+            print,
+            aside=recipe.checkpoints.aside,
+            confirm=lambda: None if lock is None else lock.confirm(),
+        )
+        stack.callback(store.close)
         checkpoint = store.newest(recipe.checkpoints.resume)
         clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream)
         run = Run(

@@ -65,12 +65,14 @@ def commit(
     extra: dict[str, Any],
     bytes_needed: int,
     stage: Callable[[str], None] = lambda name: None,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Path:
     """Saves one checkpoint together; every rank of `group` calls this and gets the same outcome.
 
     root: `runs/NAME/checkpoints`, on a file system that all ranks share. tokens: position on the token clock, the
     checkpoint's name. write: writes this rank's fragments into the folder given to it. shapes, extra: of the manifest,
     read on rank 0. bytes_needed: of this rank's tensors. stage: told the name of each step before it is taken.
+    confirm: called on rank 0 before the checkpoint gets its name; raises when this job must not write here.
     Returns the checkpoint's folder. Raises CheckpointError with the same message on all ranks when any of them fails;
     older checkpoints stay as they were.
     """
@@ -99,6 +101,7 @@ def commit(
         manifest.save(partial)
         _check_visible(partial)
         sync_folder(partial)
+        confirm()
         _swap(root, name, stage)
 
     try:
