@@ -19,6 +19,7 @@ import torch
 from data.prepare import DataConfig
 from model.config import ModelConfig
 from model.hybrid import Precision
+from train.checkpoint.retention import Retention
 from train.engine import ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
@@ -112,19 +113,30 @@ class CheckpointsConfig:
     """What is saved, besides a checkpoint at the end and when the run is asked to stop.
 
     every_tokens: tokens from one checkpoint to the next, none for no others. keep_last: number of newest checkpoints
-    that are kept. aside: training goes on while a checkpoint is written, from one more copy of the state in host
-    memory; false stops it for as long. resume: "auto" goes on from the newest valid checkpoint or begins, "required"
-    refuses to begin, "never" refuses a folder that holds a checkpoint.
+    that are kept. keep_every_tokens: also the first of every so many tokens, none for no others. keep_best: also so
+    many of the lowest validation loss, among those saved at a step that was validated. aside: training goes on while a
+    checkpoint is written, from one more copy of the state in host memory; false stops it for as long. resume: "auto"
+    goes on from the newest valid checkpoint or begins, "required" refuses to begin, "never" refuses a folder that holds
+    a checkpoint.
     """
 
     every_tokens: int | None = None
     keep_last: int = 3
+    keep_every_tokens: int | None = None
+    keep_best: int = 0
     aside: bool = True
     resume: Literal["auto", "required", "never"] = "auto"
 
     def __post_init__(self) -> None:
         _check_interval(self.every_tokens)
         require(self.keep_last > 0, "keep_last", self.keep_last, "a positive integer")
+        every = self.keep_every_tokens
+        require(every is None or every > 0, "keep_every_tokens", every, "a positive number of tokens, or none")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "an integer that is not negative")
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_every_tokens, self.keep_best)
 
 
 @dataclass(frozen=True)

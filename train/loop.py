@@ -28,7 +28,7 @@ def train(recipe: Recipe) -> int:
             run.announce_backends()
             run.check_saved()
             stopping = run.stop_asked()
-            if run.due(recipe.evaluation.every_tokens) and not (stopping or run.finished):
+            if (run.finished or run.due(recipe.evaluation.every_tokens)) and not stopping:
                 validate(run)
             if stopping or run.finished or run.due(recipe.checkpoints.every_tokens):
                 run.save()
@@ -148,6 +148,7 @@ def validate(run: Run) -> Perplexity:
     )
     run.engine.module.train()
     clock, bits = run.clock, result.bits_per_byte
+    run.validated = clock.step, result
     run.metrics.event("validation", step=clock.step, tokens=clock.tokens, loss=result.loss, bits_per_byte=bits)
     run.metrics.say(f"step {clock.step}: validation loss {result.loss:.4f}, {bits:.3f} bits per byte")
     return result
@@ -156,7 +157,7 @@ def validate(run: Run) -> Perplexity:
 def finish(run: Run) -> None:
     """The last validation, beside what general compressors make of the same text."""
     run.metrics.close_bar()
-    result = validate(run)
+    result = run.validation or validate(run)
     if not run.mesh.main:
         return
     shards = run.data.validation

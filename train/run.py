@@ -7,7 +7,7 @@ the weights before the engine partitions them, the checkpoint after it.
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from data.files import write_durably
 from data.prepare import PreparedData, open_prepared
 from data.stream import BatchStream
+from eval.perplexity import Perplexity
 from model.hybrid import HybridLM, initialise_model, parameter_count
 from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
@@ -57,6 +58,8 @@ class Run:
     stop: StopRequest
     peak: Peak
     clock: Clock
+    validated: tuple[int, Perplexity] | None = None
+    """The newest validation and its step."""
     backends: dict[str, str] | None = None
 
     @property
@@ -72,6 +75,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.clock.tokens >= self.recipe.training.tokens
+
+    @property
+    def validation(self) -> Perplexity | None:
+        """Of the weights as they are now, if they were validated."""
+        return self.validated[1] if self.validated is not None and self.validated[0] == self.clock.step else None
 
     def due(self, every_tokens: int | None) -> bool:
         """Whether the step just taken passed a multiple of `every_tokens` on the token clock; None is never."""
@@ -122,6 +130,7 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "clock": {"step": self.clock.step, "tokens": self.clock.tokens},
             "stream": self.stream.state_dict(),
+            "validation": None if self.validation is None else asdict(self.validation),
             "tokenizer": {"file": self.data.tokenizer.name, "sha256": self.data.tokenizer_sha256},
         }
 
@@ -156,7 +165,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         store = Store(
             recipe.folder / "checkpoints",
             mesh,
-            recipe.checkpoints.keep_last,
+            recipe.checkpoints.retention,
             print,
             aside=recipe.checkpoints.aside,
             confirm=lambda: None if lock is None else lock.confirm(),

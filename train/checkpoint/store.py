@@ -14,7 +14,7 @@ from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
 from train.checkpoint.background import Commit, Staging
 from train.checkpoint.capture import saved_fragments, saved_shapes
-from train.checkpoint.retention import retain, sweep
+from train.checkpoint.retention import Retention, retain, sweep
 from train.checkpoint.transaction import Group, commit, open_newest, set_aside
 from train.engine import Engine
 from train.parallel import Mesh
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 class Store:
-    """root: `runs/NAME/checkpoints`. keep_last: good checkpoints that stay. say: where lines for the user go, called on
+    """root: `runs/NAME/checkpoints`. keep: which checkpoints stay. say: where lines for the user go, called on
     rank 0 alone. aside: write while training goes on, which takes host memory for one more copy of the state.
     confirm: called on rank 0 just before a checkpoint gets its name; raises when the run folder has been lost."""
 
@@ -38,13 +38,13 @@ class Store:
         self,
         root: Path,
         mesh: Mesh,
-        keep_last: int,
+        keep: Retention,
         say: Callable[[str], None],
         *,
         aside: bool = True,
         confirm: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.mesh, self.keep_last, self.say, self.confirm = root, mesh, keep_last, say, confirm
+        self.root, self.mesh, self.keep, self.say, self.confirm = root, mesh, keep, say, confirm
         self._staging = Staging() if aside else None
         self._group: Group = mesh.beside() if aside else mesh
         self._pending: tuple[int, Commit] | None = None
@@ -112,7 +112,7 @@ class Store:
             confirm=self.confirm,
         )
         if self.mesh.main:
-            retain(self.root, self.keep_last)
+            retain(self.root, self.keep)
         self._group.barrier()
         return folder
 

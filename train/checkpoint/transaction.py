@@ -55,6 +55,11 @@ def name_of(tokens: int) -> str:
     return f"tokens-{tokens:012d}"
 
 
+def tokens_of(path: Path) -> int:
+    """The token count in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("tokens-"))
+
+
 def commit(
     root: Path,
     tokens: int,

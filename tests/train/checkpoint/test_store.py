@@ -13,6 +13,7 @@ from tests.train.test_engine import same_bits
 from tests.train.tiny import run_step, snapshot, start_engine
 from train.checkpoint import store as store_module
 from train.checkpoint.capture import restore
+from train.checkpoint.retention import Retention
 from train.checkpoint.store import Store
 from train.checkpoint.transaction import Alone, name_of
 
@@ -29,7 +30,7 @@ class AloneMesh(Alone):
 
 
 def store_of(root: Path, lines: list[str]) -> Store:
-    return Store(root, AloneMesh(), keep_last=3, say=lines.append, aside=False)  # type: ignore[arg-type]
+    return Store(root, AloneMesh(), keep=Retention(3), say=lines.append, aside=False)  # type: ignore[arg-type]
 
 
 def names_in(root: Path) -> list[str]:
@@ -87,7 +88,7 @@ def resume_on_two_ranks(root: Path) -> dict[str, Any]:
 
     lines: list[str] = []
     with open_mesh("cpu", timeout_s=60) as mesh:
-        store = Store(root, mesh, keep_last=2, say=lines.append)
+        store = Store(root, mesh, keep=Retention(2), say=lines.append)
         engine = start_engine(mesh, 1)
         states = {}
         for tokens in (1, 2, 3):
