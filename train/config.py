@@ -24,6 +24,7 @@ from train.engine import ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
+from train.spikes import SpikesConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DType = Literal["float32", "bfloat16"]
@@ -203,6 +204,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=WSD)
     parallel: ParallelConfig = ParallelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     generation: GenerationConfig = GenerationConfig()

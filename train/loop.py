@@ -24,9 +24,13 @@ def train(recipe: Recipe) -> int:
     """
     with open_run(recipe) as run:
         while not run.finished:
-            run.metrics.step(train_step(run))
+            start = run.stream.sample
+            record = train_step(run)
+            run.metrics.step(record)
             run.announce_backends()
             run.check_saved()
+            if run.spiked(record["loss"], start):
+                continue
             stopping = run.stop_asked()
             if (run.finished or run.due(recipe.evaluation.every_tokens)) and not stopping:
                 validate(run)

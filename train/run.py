@@ -24,10 +24,11 @@ from train.checkpoint.store import Saved, Store
 from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
-from train.health import Health
+from train.health import Health, TrainingHealthError
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
+from train.spikes import Spike, Spikes
 from train.stop import StopRequest
 
 RECIPE = "recipe.json"
@@ -54,6 +55,7 @@ class Run:
     engine: Engine
     store: Store
     health: Health
+    spikes: Spikes
     metrics: Metrics
     stop: StopRequest
     peak: Peak
@@ -120,6 +122,47 @@ class Run:
         """Waits for the save on its way; otherwise like `check_saved`."""
         self._note_saved(self.store.settle())
 
+    def spiked(self, loss: float, start: int) -> bool:
+        """Whether the step just taken, from sample `start` on, completed a loss spike that the run goes back for."""
+        spike = self.spikes.observe(self.clock.step, loss, start, self.stream.sample)
+        if spike is None:
+            return False
+        self.metrics.event("spike", **spike._asdict())
+        self.metrics.say(
+            f"steps {spike.first} to {spike.last}: loss {spike.loss:.3f}, {spike.usual:.3f} before: a spike"
+        )
+        return self.recipe.spikes.action == "rollback" and self._roll_back(spike)
+
+    def _roll_back(self, spike: Spike) -> bool:
+        """Goes back to the newest checkpoint from before the spike and leaves out the samples that it read.
+
+        Returns False, having said so, when there is none. Raises TrainingHealthError after too many.
+        """
+        limit = self.recipe.spikes.rollbacks
+        if self.spikes.rollbacks >= limit:
+            raise TrainingHealthError(
+                f"step {spike.last}: the loss spiked again after {limit} rollbacks; "
+                "a lower learning rate, more warm-up or the data of these steps is where to look"
+            )
+        self.settle_saved()
+        checkpoint = self.store.back_to(spike.first)
+        if checkpoint is None:
+            self.metrics.say(f"no checkpoint is older than step {spike.first}: training goes on")
+            return False
+        rollbacks = self.spikes.rollbacks + 1
+        clock = _resume(self.recipe, checkpoint, self.engine, self.stream, self.spikes)
+        self.clock.step, self.clock.tokens = clock.step, clock.tokens
+        self.spikes.rollbacks = rollbacks
+        self.stream.skip(spike.start, spike.stop)
+        self.metrics.rewind(clock.step, clock.tokens)
+        samples = [spike.start, spike.stop]
+        self.metrics.event("rolled_back", step=clock.step, checkpoint=checkpoint.folder.name, skipped=samples)
+        self.metrics.say(
+            f"rolled back to step {clock.step} ({checkpoint.folder.name}); samples {spike.start} to {spike.stop - 1} "
+            "are left out"
+        )
+        return True
+
     def _note_saved(self, saved: Saved | None) -> None:
         if saved is not None:
             self.metrics.event("saved", step=saved.step, checkpoint=saved.folder.name)
@@ -130,6 +173,7 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "clock": {"step": self.clock.step, "tokens": self.clock.tokens},
             "stream": self.stream.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "validation": None if self.validation is None else asdict(self.validation),
             "tokenizer": {"file": self.data.tokenizer.name, "sha256": self.data.tokenizer_sha256},
         }
@@ -172,7 +216,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         )
         stack.callback(store.close)
         checkpoint = store.newest(recipe.checkpoints.resume)
-        clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream)
+        spikes = Spikes(recipe.spikes)
+        clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream, spikes)
         run = Run(
             recipe=recipe,
             mesh=mesh,
@@ -182,6 +227,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             model=model,
             engine=engine,
             store=store,
+            spikes=spikes,
             health=Health(model.table(), mesh, max_skipped=recipe.training.nonfinite_limit),
             metrics=stack.enter_context(_open_metrics(recipe, mesh, clock)),
             stop=stop,
@@ -202,7 +248,7 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
     )
 
 
-def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream) -> Clock:
+def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream, spikes: Spikes) -> Clock:
     """Restores everything from the checkpoint; refuses a recipe of another model or other data. (There is no random
     state to restore: noise is a function of seed, step, layer and sample.)"""
     saved, ours = checkpoint.extra["model"], json.loads(json.dumps(recipe.model.to_dict()))
@@ -214,6 +260,8 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
             "wants the saved model, or another name for the run"
         )
     stream.load_state_dict(checkpoint.extra["stream"])
+    if "spikes" in checkpoint.extra:
+        spikes.load_state_dict(checkpoint.extra["spikes"])
     restore(engine, checkpoint)
     checkpoint.close()
     return Clock(**checkpoint.extra["clock"])

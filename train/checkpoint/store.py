@@ -15,7 +15,7 @@ from model.weights.writer import write_rank_files
 from train.checkpoint.background import Commit, Staging
 from train.checkpoint.capture import saved_fragments, saved_shapes
 from train.checkpoint.retention import Retention, retain, sweep
-from train.checkpoint.transaction import Group, commit, open_newest, set_aside
+from train.checkpoint.transaction import Group, commit, discover, open_newest, set_aside, tokens_of
 from train.engine import Engine
 from train.parallel import Mesh
 
@@ -115,6 +115,16 @@ class Store:
             retain(self.root, self.keep)
         self._group.barrier()
         return folder
+
+    def back_to(self, step: int) -> Checkpoint | None:
+        """The newest valid checkpoint taken before `step`, None when there is none; newer ones are set aside then."""
+        found = open_newest(self.root, self.mesh, damaged=lambda path, error: None, before_step=step)
+        if found is None:
+            return None
+        for path in self.mesh.together(lambda: discover(self.root)):
+            if tokens_of(path) > tokens_of(found.folder):
+                self.mesh.first(partial(set_aside, path))
+        return found
 
     def poll(self) -> Saved | None:
         """The save that every rank has finished since it was last asked for, if any; the same answer on every rank.

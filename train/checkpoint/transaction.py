@@ -162,12 +162,14 @@ def open_newest(
     root: Path,
     group: Group | None = None,
     damaged: Callable[[Path, CheckpointError], None] | None = None,
+    before_step: int | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint, agreed on by all ranks, which share the work of hashing its files; None when there is
     none at all.
 
     damaged: called on every rank with each checkpoint that cannot be trusted, before the next older one is tried, when
     no rank has a file of it open; without it, or when no older one is left, CheckpointError names the file.
+    before_step: pass over those taken at that step or later.
     """
     group = group or Alone()
     candidates = agree(group, str(root), lambda: [path.name for path in discover(root)])[0]
@@ -189,8 +191,9 @@ def open_newest(
                 raise
             damaged(root / name, error)
             continue
-        return checkpoint
-    if fault is not None:
+        if before_step is None or checkpoint.extra["clock"]["step"] < before_step:
+            return checkpoint
+    if fault is not None and before_step is None:
         raise fault
     return None
 
