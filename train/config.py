@@ -83,18 +83,21 @@ class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
     device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
-    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds.
+    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
+    rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 77.
     buckets: sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = 1
     timeout_s: float = 1800.0
+    stall_s: float = 900.0
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
-        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number of seconds")
+        for key in ("timeout_s", "stall_s"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
         for key, elements in asdict(self.buckets).items():
             require(elements > 0, f"buckets.{key}", elements, "a positive number of elements")
 

@@ -83,6 +83,7 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> dict[str, float]
     layers' metrics averaged over micro-batches, all over all ranks."""
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
+        run.watch.progress(f"step {run.clock.step + 1}")
         out = forward(run, batch)
         assert out.nll is not None
         loss = out.nll.sum() + sum(out.losses.values())
@@ -135,6 +136,7 @@ def validate(run: Run) -> Perplexity:
     """Loss and bits per byte of the held-out documents, the same on every number of ranks."""
 
     def nll(batch: Batch) -> Tensor:
+        run.watch.progress(f"validation at step {run.clock.step}")
         out = forward(run, batch)
         assert out.nll is not None
         return out.nll

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from train.health import Health, TrainingHealthError
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
+from train.rank import report
 from train.spikes import Spike, Spikes
 from train.stop import StopRequest
+from train.watch import Watch
 
 RECIPE = "recipe.json"
 
@@ -56,6 +59,7 @@ class Run:
     store: Store
     health: Health
     spikes: Spikes
+    watch: Watch
     metrics: Metrics
     stop: StopRequest
     peak: Peak
@@ -111,8 +115,9 @@ class Run:
 
     def save(self) -> None:
         """Begins to save a checkpoint: model, optimizer, data position, clock and what identifies them."""
-        self.mesh.together(self.confirm_lock)
-        self._note_saved(self.store.save(self.engine, self.clock.step, self.clock.tokens, self._extra()))
+        with self.watch.unwatched():
+            self.mesh.together(self.confirm_lock)
+            self._note_saved(self.store.save(self.engine, self.clock.step, self.clock.tokens, self._extra()))
 
     def check_saved(self) -> None:
         """Writes down a save that has been committed since. Raises CheckpointError when it failed."""
@@ -120,7 +125,8 @@ class Run:
 
     def settle_saved(self) -> None:
         """Waits for the save on its way; otherwise like `check_saved`."""
-        self._note_saved(self.store.settle())
+        with self.watch.unwatched():
+            self._note_saved(self.store.settle())
 
     def spiked(self, loss: float, start: int) -> bool:
         """Whether the step just taken, from sample `start` on, completed a loss spike that the run goes back for."""
@@ -131,7 +137,8 @@ class Run:
         self.metrics.say(
             f"steps {spike.first} to {spike.last}: loss {spike.loss:.3f}, {spike.usual:.3f} before: a spike"
         )
-        return self.recipe.spikes.action == "rollback" and self._roll_back(spike)
+        with self.watch.unwatched():
+            return self.recipe.spikes.action == "rollback" and self._roll_back(spike)
 
     def _roll_back(self, spike: Spike) -> bool:
         """Goes back to the newest checkpoint from before the spike and leaves out the samples that it read.
@@ -185,6 +192,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
+        say = partial(report, survivor=True)
+        watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
+        stack.enter_context(watch.naming_the_dead())
         recipe.check_ranks(mesh.size)
         data = mesh.together(lambda: open_prepared(recipe.data, verify=False))
         mesh.together(lambda: data.verify(mesh.rank, mesh.size))
@@ -228,6 +238,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             engine=engine,
             store=store,
             spikes=spikes,
+            watch=watch,
             health=Health(model.table(), mesh, max_skipped=recipe.training.nonfinite_limit),
             metrics=stack.enter_context(_open_metrics(recipe, mesh, clock)),
             stop=stop,
