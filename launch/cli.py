@@ -5,7 +5,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from train.mistakes import describe
@@ -16,8 +17,11 @@ COMMANDS = {
     "train": "train the recipe's model, or resume it where it stopped",
     "generate": "continue a prompt with a trained run",
     "export": "publish a run as a Hugging Face folder",
+    "checkpoint": "list, show, prune or average the checkpoints of a run",
+    "verify": "read every byte of a run and its data, or prove that a recipe resumes exactly",
 }
-"""Name of a command, which is that of its module in launch/commands/, and what it does."""
+"""Name of a command, which is that of its module in launch/commands/, and what it does. A command that has commands of
+its own is a package with such a table."""
 
 HELP = """\
 usage: braid COMMAND [ARGUMENTS]
@@ -62,17 +66,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print(HELP.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())))
+        print(HELP.format(commands=_table(COMMANDS)))
         return 0 if arguments else EXIT_USER_ERROR
     name, *rest = arguments
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"wants one of {', '.join(COMMANDS)}"
-        raise ValueError(f"command: got {name!r}; {hint}")
-    command = importlib.import_module(f"launch.commands.{name}")
-    parser = Parser(
-        prog=f"braid {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _run_one("launch.commands", COMMANDS, "braid", name, rest)
+
+
+def _run_one(package: str, commands: Mapping[str, str], program: str, name: str, arguments: list[str]) -> int:
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"wants one of {', '.join(commands)}"
+        raise ValueError(f"{'command' if program == 'braid' else program}: got {name!r}; {hint}")
+    module, program = f"{package}.{name}", f"{program} {name}"
+    command = importlib.import_module(module)
+    if hasattr(command, "COMMANDS"):
+        return _run_group(command, program, arguments)
+    parser = Parser(prog=program, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.configure(parser)
-    return command.run(parser.parse_intermixed_args(rest))
+    return command.run(parser.parse_intermixed_args(arguments))
+
+
+def _run_group(command: ModuleType, program: str, arguments: list[str]) -> int:
+    if arguments and arguments[0] not in ("-h", "--help", "help"):
+        return _run_one(command.__name__, command.COMMANDS, program, arguments[0], arguments[1:])
+    print(f"usage: {program} COMMAND [ARGUMENTS]\n\n{command.__doc__}\n\n{_table(command.COMMANDS)}")
+    print(f"\n`{program} COMMAND --help` explains a command.")
+    return 0 if arguments else EXIT_USER_ERROR
+
+
+def _table(commands: Mapping[str, str]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
