@@ -20,6 +20,7 @@ from data.prepare import DataConfig
 from model.config import ModelConfig
 from model.hybrid import Precision
 from train.checkpoint.retention import Retention
+from train.checkpoint.start import StartConfig
 from train.engine import ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
@@ -207,6 +208,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=WSD)
     parallel: ParallelConfig = ParallelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    start: StartConfig = field(default_factory=StartConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -21,6 +21,7 @@ from model.hybrid import HybridLM, initialise_model, parameter_count
 from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
 from train.checkpoint.capture import restore
+from train.checkpoint.start import open_start, start_from
 from train.checkpoint.store import Saved, Store
 from train.config import Recipe
 from train.engine import Engine
@@ -227,7 +228,11 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         stack.callback(store.close)
         checkpoint = store.newest(recipe.checkpoints.resume)
         spikes = Spikes(recipe.spikes)
-        clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream, spikes)
+        started = None
+        if checkpoint is not None:
+            clock = _resume(recipe, checkpoint, engine, stream, spikes)
+        else:
+            clock, started = Clock(), _start(recipe, engine)
         run = Run(
             recipe=recipe,
             mesh=mesh,
@@ -246,6 +251,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             clock=clock,
         )
         _announce(run, checkpoint)
+        if started is not None:
+            run.metrics.event("started", **started)
+            run.metrics.say(f"started from {started['checkpoint']}: {started['taken']} parameters taken")
         yield run
 
 
@@ -276,6 +284,19 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
     restore(engine, checkpoint)
     checkpoint.close()
     return Clock(**checkpoint.extra["clock"])
+
+
+def _start(recipe: Recipe, engine: Engine) -> dict[str, Any] | None:
+    """Takes the weights of another run, as the recipe's [start] says; what was done, None for nothing."""
+    if not recipe.start.checkpoint:
+        return None
+    checkpoint = open_start(recipe.start, engine.mesh)
+    sources = start_from(engine, checkpoint, recipe.start)
+    checkpoint.close()
+    new = sorted(name for name, old in sources.items() if old is None)
+    renamed = {name: old for name, old in sources.items() if old not in (None, name)}
+    taken = len(sources) - len(new)
+    return {"checkpoint": str(checkpoint.folder), "taken": taken, "new": new, "renamed": renamed}
 
 
 def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:

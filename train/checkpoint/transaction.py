@@ -163,16 +163,17 @@ def open_newest(
     group: Group | None = None,
     damaged: Callable[[Path, CheckpointError], None] | None = None,
     before_step: int | None = None,
+    only: str | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint, agreed on by all ranks, which share the work of hashing its files; None when there is
     none at all.
 
     damaged: called on every rank with each checkpoint that cannot be trusted, before the next older one is tried, when
     no rank has a file of it open; without it, or when no older one is left, CheckpointError names the file.
-    before_step: pass over those taken at that step or later.
+    before_step: pass over those taken at that step or later. only: consider the one of this name.
     """
     group = group or Alone()
-    candidates = agree(group, str(root), lambda: [path.name for path in discover(root)])[0]
+    candidates = agree(group, str(root), lambda: [path.name for path in discover(root) if only in (None, path.name)])[0]
     fault = None
     for name in candidates:
 
