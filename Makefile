@@ -45,7 +45,10 @@ test-all: check
 quickstart: setup
 	$(BIN)/braid prepare quickstart
 	$(BIN)/braid train quickstart
-	$(BIN)/braid generate quickstart
+	$(BIN)/braid generate quickstart --keep
+	$(BIN)/braid eval quickstart --limit 50 --batch-rows 32
+	$(BIN)/braid report quickstart
+	$(BIN)/braid export quickstart published/quickstart --overwrite
 
 clean:
 	rm -rf .venv *.egg-info build .mypy_cache .pytest_cache .ruff_cache

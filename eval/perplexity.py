@@ -16,6 +16,7 @@ from data.mixture import IGNORE, Rows, Sample
 from data.permutation import key_of, permutation
 from data.shards import Compression, ShardSet
 from data.stream import Batch, collate
+from model.context import Documents
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,57 @@ def evaluate(
     nats, tokens = total.tolist()
     text_bytes = text_bytes_of(shards, documents)
     return Perplexity(nats / tokens, nats / math.log(2) / text_bytes, int(tokens), text_bytes, len(documents))
+
+
+@dataclass(frozen=True)
+class LengthPerplexity:
+    """Rows of `length` tokens. beyond_tokens: predicted ones with more context than `limit`, the rows of training, can
+    hold. beyond_loss: nats per such token; None when there is none."""
+
+    length: int
+    limit: int
+    whole: Perplexity
+    beyond_tokens: int
+    beyond_loss: float | None
+
+
+def evaluate_length(
+    nll: Callable[[Batch], Tensor],
+    shards: ShardSet,
+    *,
+    length: int,
+    limit: int,
+    rows: int = 1,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> LengthPerplexity:
+    """`evaluate` on rows of another length than that of training.
+
+    Every length predicts the same tokens, documents packed as in training: longer rows cut fewer documents. What they
+    add is context beyond `limit`, which only documents longer than that have; the loss there is given apart.
+    """
+    beyond = torch.zeros(2, dtype=torch.float64)
+
+    def watched(batch: Batch) -> Tensor:
+        losses = nll(batch)
+        far = (Documents.from_starts(batch.starts).positions >= limit) & (batch.targets != IGNORE)
+        beyond.add_(torch.stack([losses.detach().double().cpu()[far].sum(), far.sum().double()]))
+        return losses
+
+    whole = evaluate(
+        watched,
+        shards,
+        sequence_length=length,
+        rows=rows,
+        max_tokens=max_tokens,
+        rank=rank,
+        size=size,
+        all_reduce=all_reduce,
+    )
+    nats, tokens = all_reduce(beyond).tolist()
+    return LengthPerplexity(length, limit, whole, int(tokens), nats / tokens if tokens else None)
 
 
 def chosen_documents(shards: ShardSet, max_tokens: int | None = None) -> np.ndarray:

@@ -10,18 +10,23 @@ from types import ModuleType
 from typing import NoReturn
 
 from train.mistakes import describe
+from train.rank import explained, report
 from train.stop import EXIT_USER_ERROR
 
 COMMANDS = {
     "prepare": "raw text to tokenizer and token shards; resumable",
     "train": "train the recipe's model, or resume it where it stopped",
+    "launch": "start a run's ranks: here under torchrun's agent, or as a Slurm job",
     "generate": "continue a prompt with a trained run",
+    "eval": "score a run: lm-eval tasks, built-in probes, perplexity by length",
+    "lm-eval": "lm-eval's own command line, which knows --model braid",
+    "report": "one page of curves about a run, or several side by side",
     "export": "publish a run as a Hugging Face folder",
     "checkpoint": "list, show, prune or average the checkpoints of a run",
     "verify": "read every byte of a run and its data, or prove that a recipe resumes exactly",
 }
-"""Name of a command, which is that of its module in launch/commands/, and what it does. A command that has commands of
-its own is a package with such a table."""
+"""Name of a command, which is that of its module in launch/commands/ (with _ for -), and what it does. A command that
+has commands of its own is a package with such a table; one that has `forward` reads its words itself."""
 
 HELP = """\
 usage: braid COMMAND [ARGUMENTS]
@@ -58,9 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         line = describe(error)
+        if line is None and explained():
+            return 1
         if line is None:
             raise
-        print(f"braid: error: {line}", file=sys.stderr)
+        report(line)
         return EXIT_USER_ERROR
 
 
@@ -77,8 +84,10 @@ def _run_one(package: str, commands: Mapping[str, str], program: str, name: str,
         close = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {close[0]}?" if close else f"wants one of {', '.join(commands)}"
         raise ValueError(f"{'command' if program == 'braid' else program}: got {name!r}; {hint}")
-    module, program = f"{package}.{name}", f"{program} {name}"
+    module, program = f"{package}.{name.replace('-', '_')}", f"{program} {name}"
     command = importlib.import_module(module)
+    if hasattr(command, "forward"):
+        return command.forward(arguments)
     if hasattr(command, "COMMANDS"):
         return _run_group(command, program, arguments)
     parser = Parser(prog=program, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 # Tensors up to 8 GiB from a heap that is kept and backed by huge pages: glibc would map, zero and unmap each one.
 MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+RANK_DEFAULTS = {"GLIBC_TUNABLES": MALLOC, "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+"""Environment of every rank, on this machine and on a cluster, where the user has set nothing else."""
 
 
 def run(recipe: Path, overrides: Sequence[str], nproc: int) -> int:
@@ -36,7 +38,12 @@ def run(recipe: Path, overrides: Sequence[str], nproc: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *command], environment)
-    os.environ.update(environment | {"BRAID_LAUNCHER": str(os.getpid())})
+    return launch(command, nproc)
+
+
+def launch(command: Sequence[str], nproc: int) -> int:
+    """`run_ranks` for a program of Braid, whose ranks die with this process and leave their errors to it."""
+    os.environ.update(rank_environment(os.environ, nproc) | {"BRAID_LAUNCHER": str(os.getpid())})
     return run_ranks(command, nproc)
 
 
@@ -46,12 +53,7 @@ def rank_environment(inherited: Mapping[str, str], nproc: int) -> dict[str, str]
     The rank imports Braid from where this file lies, whatever the current directory holds.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
-        "GLIBC_TUNABLES": MALLOC,
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONSAFEPATH": "1",
-    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **RANK_DEFAULTS}
     paths = [str(ROOT), inherited.get("PYTHONPATH", "")]
     return defaults | dict(inherited) | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 

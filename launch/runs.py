@@ -8,15 +8,24 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.hybrid import HybridLM, Precision
 from model.load import load_model
 from model.weights.reader import Checkpoint
-from train.checkpoint.transaction import open_newest
+from train.checkpoint.transaction import discover, open_newest
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """The folder of a run's checkpoint. Raises ValueError when the run has none of this name."""
+    folder = run / "checkpoints" / name
+    if (folder / "manifest.json").is_file():
+        return folder
+    there = ", ".join(path.name for path in discover(run / "checkpoints")) or "none"
+    raise ValueError(f"--checkpoint: got {name!r}, wants one of {run / 'checkpoints'}: {there}")
 
 
 def load_run(
-    run: Path, precision: Precision = Precision(), device: str | None = None
+    run: Path, precision: Precision = Precision(), device: torch.device | None = None
 ) -> tuple[HybridLM, Tokenizer, Checkpoint]:
     """The model of a run's newest checkpoint and its tokenizer, checked to be the one that it was trained with.
 
-    run: a run folder, or one checkpoint folder of it. device: a GPU where there is one unless given. Raises ValueError
+    run: a run folder, or one checkpoint folder of it. device: cuda where there is one by default. Raises ValueError
     when either is missing or does not match.
     """
     if not run.is_dir():
@@ -32,5 +41,5 @@ def load_run(
         raise ValueError(
             f"tokenizer: {path} has SHA-256 {tokenizer.sha256[:12]}, the run was trained with {saved['sha256'][:12]}"
         )
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(checkpoint, precision, device or automatic), tokenizer, checkpoint
+    chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(checkpoint, precision, chosen), tokenizer, checkpoint

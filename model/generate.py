@@ -27,8 +27,8 @@ class Sampling:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
 
-    def pick(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """logits: (B, V) float32. Returns (B,) int64."""
+    def pick(self, logits: Tensor, *generators: torch.Generator) -> Tensor:
+        """logits: (B, V) float32. generators: one for all rows, or one each. Returns (B,) int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
         values, order = (logits / self.temperature).sort(-1, descending=True)
@@ -36,8 +36,10 @@ class Sampling:
         drop = probabilities.cumsum(-1) - probabilities >= self.top_p
         if self.top_k:
             drop[:, self.top_k :] = True
-        choice = torch.multinomial(probabilities.masked_fill(drop, 0.0), 1, generator=generator)
-        return order.gather(-1, choice).squeeze(-1)
+        kept = probabilities.masked_fill(drop, 0.0)
+        shares = kept.split(len(kept) // len(generators))
+        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(shares, generators, strict=True)]
+        return order.gather(-1, torch.cat(drawn)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -48,23 +50,24 @@ def generate(
     sampling: Sampling,
     *,
     stop: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Iterator[list[int | None]]:
     """Yields, token by token, the next id of every prompt; None for prompts that have ended.
 
     prompts: token ids, each beginning with the token that begins a document. stop: id that ends a prompt (yielded as
     None). Shorter prompts are padded on the left with a document of their own, which no layer lets them see. Sampling
-    draws on the CPU from `seed`.
+    draws on the CPU from `seed`: one for all prompts, or one each, so that no prompt's text depends on the others.
     """
     if not prompts or not all(prompts):
         raise ValueError("prompt: got an empty one, wants at least one token")
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    tokens, starts = _pad_left(prompts)
+    seeds = [seed] if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(number) for number in seeds]
+    tokens, starts = pad_left(prompts)
     logits, state = _advance(model, tokens.to(device), starts.to(device), None)
     alive = [True] * len(prompts)
     for produced in range(max_tokens):
-        ids = sampling.pick(logits.cpu(), generator)
+        ids = sampling.pick(logits.cpu(), *generators)
         alive = [a and i != stop for a, i in zip(alive, ids.tolist(), strict=True)]
         yield [i if a else None for a, i in zip(alive, ids.tolist(), strict=True)]
         if not any(alive) or produced + 1 == max_tokens:
@@ -73,7 +76,8 @@ def generate(
         logits, state = _advance(model, step, torch.zeros_like(step, dtype=torch.bool), state)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and starts, (B, T), of prompts that end together. Padding is a document of its own."""
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     starts = torch.zeros(len(prompts), longest, dtype=torch.bool)

@@ -37,6 +37,10 @@ class ModelState(NamedTuple):
     layers: tuple[Any, ...]
     position: Tensor
 
+    def rows(self, chosen: Tensor) -> "ModelState":
+        """The state of these rows, (b,) int64; a row may be chosen often."""
+        return _rows(self, chosen)
+
 
 class ModelOutput(NamedTuple):
     """nll: (B, T) float32, 0 where nothing is predicted; None without targets. logits: (B, T or 1, V) float32; None
@@ -44,6 +48,15 @@ class ModelOutput(NamedTuple):
 
     nll: Tensor | None
     logits: Tensor | None
+    state: ModelState | None
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class Hidden(NamedTuple):
+    """What the head reads. x: (B, T or 1, D), normalised, in the compute dtype. The rest as in `ModelOutput`."""
+
+    x: Tensor
     state: ModelState | None
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
@@ -183,6 +196,23 @@ class HybridLM(nn.Module):
         """tokens: (B, T) int64. starts: (B, T) bool, True where a document begins. targets: (B, T) int64, -100 where
         nothing is predicted. state: what came before. carry: return the state after the last token. last_only: logits
         of the last token alone. clock: tokens trained so far. noise: key of this step's randomness."""
+        hidden = self.hidden(tokens, starts, state=state, carry=carry, last_only=last_only, clock=clock, noise=noise)
+        result = self.head(hidden.x, targets)
+        nll, logits = (None, result) if targets is None else (result, None)
+        return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        *,
+        state: ModelState | None = None,
+        carry: bool = False,
+        last_only: bool = False,
+        clock: int = 0,
+        noise: NoiseKey | None = None,
+    ) -> Hidden:
+        """All of `forward` but the head, for those who need logits of a few tokens only: `model.head(x)` of these."""
         documents = Documents.from_starts(starts, None if state is None else state.position)
         x = self.embedding(tokens, dtype=self.precision.residual)
         ctx = Context(
@@ -206,14 +236,22 @@ class HybridLM(nn.Module):
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
         x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
-        result = self.head(x, targets)
-        nll, logits = (None, result) if targets is None else (result, None)
-        return ModelOutput(nll, logits, after, losses, metrics)
+        return Hidden(x, after, losses, metrics)
 
     def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
         return block(x, ctx=ctx, state=state)
+
+
+def _rows(state: Any, chosen: Tensor) -> Any:
+    """States are named tuples of tensors that have a row for each row of the batch, of None and of such tuples."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state[chosen]
+    parts = [_rows(part, chosen) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def _add_losses(total: dict[str, Tensor], more: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
 """Skips what this machine cannot run."""
 
-import shutil
-
 import pytest
 import torch
 
+from tests.launch.cluster import why_not_here
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_slurm = why_not_here()
     missing = {
         "gpu": None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device"),
-        "slurm": None if shutil.which("sbatch") else pytest.mark.skip(reason="no sbatch"),
+        "slurm": None if no_slurm is None else pytest.mark.skip(reason=f"no Slurm can be started here: {no_slurm}"),
     }
     for item in items:
         for name, skip in missing.items():

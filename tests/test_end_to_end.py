@@ -68,6 +68,16 @@ def test_a_run_can_be_moved(trained: Path, workplace: Path, tmp_path: Path) -> N
     assert text == braid("generate", "tiny", "--prompt", "braid state", cwd=workplace).stdout
 
 
+def test_a_text_can_be_kept_for_the_report(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    said = braid("generate", "run", "--prompt", "braid state", "--keep", cwd=tmp_path).stdout
+    kept = (tmp_path / "run" / "samples.md").read_text()
+    assert kept.startswith("## tokens-000000008192: temperature 0.8, top_p 0.95, seed 0\n\n    braid state")
+    assert len(kept.splitlines()) == len(said.splitlines()) + 3
+    braid("report", "run", cwd=tmp_path)
+    assert "    braid state" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_another_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "changed")
     with (tmp_path / "changed" / "tokenizer.model").open("ab") as file:

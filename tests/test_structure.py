@@ -129,7 +129,14 @@ def test_every_folder_is_a_package():
         assert (path.parent / "__init__.py").exists(), f"{path.parent.relative_to(ROOT)} has no __init__.py"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["prepare", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["launch", "slurm", "--help"],
+        *([name, "--help"] for name in ("train", "prepare", "generate", "eval", "export", "report")),
+    ],
+)
 def test_help_answers_in_under_a_second(arguments: list[str]):
     """CPU time, so that a busy machine does not decide."""
     spent = []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 from uuid import uuid4
 
 from tqdm import tqdm
@@ -41,6 +41,24 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     kept = [record for record in records if keep(record)]
     write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return len(records) - len(kept)
+
+
+class LogLines:
+    """A progress bar's file that ends each of its states with a newline: srun and pagers wait for the end of a line."""
+
+    encoding = "utf-8"
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self.last:
+            self.file.write(line + "\n")
+            self.last = line
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class Metrics:
@@ -90,8 +108,10 @@ class Metrics:
 
     def _open_bar(self) -> tqdm:
         """On a terminal it moves twice a second; in a log file a line is written every ten seconds."""
-        interval = 0.5 if sys.stderr.isatty() else 10.0
+        terminal = sys.stderr.isatty()
+        interval = 0.5 if terminal else 10.0
         return tqdm(
+            file=sys.stderr if terminal else LogLines(sys.stderr),
             total=self.total_tokens,
             initial=self.done_tokens,
             unit="tok",

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import find_run
+from launch.optional import need
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.shard_gib <= 0:
         raise ValueError(f"--shard-gib: got {arguments.shard_gib}, wants a positive size in GiB")
     folder = find_run(arguments.run)
+    need("transformers", "export")
     import torch
 
-    from launch.optional import need
-
-    need("transformers", "export")
     from launch.export.folder import export
 
     done = export(

@@ -17,22 +17,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, metavar="X", help="sample from the likeliest tokens of this total share")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    parser.add_argument("--keep", action="store_true", help="also add the text to RUN/samples.md, for braid report")
 
 
 def run(arguments: argparse.Namespace) -> int:
     folder = find_run(arguments.run)
-    from launch.sample import sample
+    from launch.sample import keep, sample
     from train.config import GenerationConfig, Recipe
 
     stored = folder / "recipe.json"
     settings = Recipe.from_json(stored.read_text(), str(stored)).generation if stored.exists() else GenerationConfig()
-    given = {key: value for key, value in vars(arguments).items() if key != "run" and value is not None}
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "keep") and value is not None}
     settings = replace(settings, **given)
     if not settings.prompt:
         raise ValueError("--prompt: missing, and the run's recipe has none; wants text to continue")
-    pieces = sample(folder, settings.prompt, settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
-    print(settings.prompt, end="", flush=True)
+    checkpoint, pieces = sample(folder, settings)
+    text = settings.prompt
+    print(text, end="", flush=True)
     for piece in pieces:
+        text += piece
         print(piece, end="", flush=True)
     print()
+    if arguments.keep:
+        keep(checkpoint, settings, text)
     return 0

@@ -51,7 +51,7 @@ def export(
     if folder.exists() and not (overwrite and (folder / RECIPE).is_file()):
         wants = f"a new folder, or one that holds {RECIPE}" if overwrite else "a new folder, or --overwrite"
         raise ValueError(f"DIR: {folder} exists already, wants {wants}")
-    model, tokenizer, checkpoint = load_run(run, device="cpu")
+    model, tokenizer, checkpoint = load_run(run, device=torch.device("cpu"))
     why = nemotron_h.obstacle(model.config)
     if format == "nemotron_h" and why is not None:
         raise ValueError(f"--format nemotron_h: {why}; --format braid exports any braid")

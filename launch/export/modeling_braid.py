@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,7 +30,7 @@ class BraidCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
-        self.state = tree_map_only(Tensor, lambda x: x.index_select(0, beam_idx.to(x.device)), self.state)
+        self.state = self.state.rows(beam_idx)
 
 
 class BraidForCausalLM(PreTrainedModel, GenerationMixin):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.prepare import PreparedData
 from data.stream import Batch
-from eval.perplexity import chosen_documents, compressed, evaluate, text_bytes_of, validation_rows
+from eval.perplexity import chosen_documents, compressed, evaluate, evaluate_length, text_bytes_of, validation_rows
 from tests.data.corpus import make
 
 
@@ -111,3 +111,40 @@ def test_rows_longer_than_all_documents_work(prepared: PreparedData):
     """Breaks when long-context evaluation on a small held-out set fails."""
     (batch,) = validation_rows(prepared.validation, prepared.validation.total_tokens + 100)
     assert batch.valid == prepared.validation.total_tokens - prepared.validation.documents
+
+
+def context_lengths(prepared: PreparedData, length: int) -> list[tuple[int, int]]:
+    """(tokens of its document that the row has before it and with it, target) of every prediction, one by one."""
+    shards = prepared.validation
+    joined = [(int(token), place) for d in range(shards.documents) for place, token in enumerate(shards.tokens(d))]
+    found = []
+    for at, (target, place) in enumerate(joined[1:]):
+        if place:
+            found.append((min(at % length + 1, place), target))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_context_beyond_training_is_counted_apart(prepared: PreparedData, size: int):
+    """Breaks when a longer row seems to help or hurt although no token had more context."""
+    limit, length = 32, 96
+    far = [target % 7 + 1 for context, target in context_lengths(prepared, length) if context > limit]
+    parts: list[Tensor] = []
+
+    def all_reduce(total: Tensor) -> Tensor:
+        """Of the whole and then of the part, on each rank after the other."""
+        parts.append(total.clone())
+        return sum(parts[(len(parts) - 1) % 2 :: 2])  # type: ignore[return-value]
+
+    options = {"length": length, "limit": limit, "rows": 2, "size": size}
+    for rank in range(size):
+        result = evaluate_length(cost, prepared.validation, **options, rank=rank, all_reduce=all_reduce)
+    assert result.beyond_tokens == len(far) > 0
+    assert result.beyond_loss == pytest.approx(sum(far) / len(far))
+    assert result.whole.tokens == prepared.validation.total_tokens - prepared.validation.documents
+
+
+def test_rows_of_training_have_nothing_beyond(prepared: PreparedData):
+    result = evaluate_length(cost, prepared.validation, length=32, limit=32)
+    assert (result.beyond_tokens, result.beyond_loss) == (0, None)
+    assert result.whole == evaluate(cost, prepared.validation, sequence_length=32)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from launch.commands import launch
 from launch.commands.arguments import find_run
 from launch.recipes import FOLDER, find_recipe, shipped
 from train import mistakes
@@ -40,7 +41,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]):
     assert complaint(capsys, "trian") == "command: got 'trian'; did you mean train?"
-    assert "wants one of prepare, train, generate" in complaint(capsys, "frobnicate")
+    assert "wants one of prepare, train, launch" in complaint(capsys, "frobnicate")
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]):
@@ -100,8 +101,9 @@ def test_no_command_shows_help_and_is_a_mistake(capsys: pytest.CaptureFixture[st
 
 
 def test_every_command_has_its_module():
-    modules = {path.stem for path in (ROOT / "launch/commands").glob("*.py")}
-    assert modules >= set(cli.COMMANDS)
+    modules = {path.stem for path in (ROOT / "launch/commands").iterdir()}
+    assert modules >= {name.replace("-", "_") for name in cli.COMMANDS}
+    assert {path.stem for path in (ROOT / "launch/commands/launch").iterdir()} >= set(launch.COMMANDS)
 
 
 @pytest.mark.parametrize(

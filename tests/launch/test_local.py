@@ -15,9 +15,9 @@ LAUNCH = "import sys; from launch.local import run_ranks; sys.exit(run_ranks(sys
 
 WAITS = """
 import os, signal, sys
-from train.__main__ import _die_with_launcher
+from train.rank import die_with_launcher
 
-_die_with_launcher()
+die_with_launcher()
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 open(f"rank{os.environ['RANK']}", "w").write(str(os.getpid()))
 os.write(1, b"ready\\n")
@@ -26,9 +26,9 @@ signal.pause()
 
 FAILS = """
 import os, sys
-from train.__main__ import _report
+from train.rank import report
 
-_report("training.tokens: got 0, wants a positive integer")
+report("training.tokens: got 0, wants a positive integer")
 sys.exit(2)
 """
 
@@ -37,7 +37,7 @@ import os, signal, sys, types
 from train import __main__ as rank
 
 if os.environ["RANK"] == "0":
-    rank._report("runs/x: in use")
+    rank.report("runs/x: in use")
     sys.exit(2)
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.pause()

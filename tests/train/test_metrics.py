@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from train.metrics import Metrics, append_json_line, read_json_lines
 
 
@@ -43,3 +45,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics.step({"step": 1})
     metrics.say("nothing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_file_gets_the_progress_in_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """srun keeps back what has no newline: a bar that only returns to the line's start would show up at the end."""
+    metrics = opened(tmp_path)
+    metrics.step({"step": 1, "tokens": 50, "loss": 1.0, "tokens_per_s": 1.0, "mfu": 0.1})
+    metrics.say("said")
+    metrics.step({"step": 2, "tokens": 100, "loss": 0.5, "tokens_per_s": 1.0, "mfu": 0.1})
+    metrics.close_bar()
+    output, lines = capsys.readouterr()
+    assert output == "said\n"
+    assert "\r" not in lines
+    first, *_, last = lines.splitlines()
+    assert (first.lstrip()[:2], last[:4]) == ("0%", "100%")
+    assert "loss=0.500" in last
+    assert lines.count("100%") == 1

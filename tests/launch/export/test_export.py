@@ -45,7 +45,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_stranger_can_use_it(published: tuple[str, Path, Path], elsewhere: dict[str, str]):
     """Breaks when the folder needs Braid, decodes otherwise than we do, or cannot be fine-tuned or saved again."""
     format, run, folder = published
-    model, tokenizer, _ = load_run(run, device="cpu")
+    model, tokenizer, _ = load_run(run, device=torch.device("cpu"))
     prompt = [tokenizer.bos, *tokenizer.encode("for value in items:\n    return value\n")]
     trust = ["--trust"] if format == "braid" else []
     said = json.loads(run_alone(elsewhere, Path(__file__).with_name("stranger.py"), folder, json.dumps(prompt), *trust))
