@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "publish a run as a Hugging Face folder",
     "checkpoint": "list, show, prune or average the checkpoints of a run",
     "verify": "read every byte of a run and its data, or prove that a recipe resumes exactly",
+    "bench": "side-by-side speed against the peers installed here, one table",
 }
 """Name of a command, which is that of its module in launch/commands/ (with _ for -), and what it does. A command that
 has commands of its own is a package with such a table; one that has `forward` reads its words itself."""

@@ -134,7 +134,7 @@ def test_every_folder_is_a_package():
     [
         ["--help"],
         ["launch", "slurm", "--help"],
-        *([name, "--help"] for name in ("train", "prepare", "generate", "eval", "export", "report")),
+        *([name, "--help"] for name in ("train", "prepare", "generate", "eval", "export", "report", "bench")),
     ],
 )
 def test_help_answers_in_under_a_second(arguments: list[str]):

@@ -50,9 +50,11 @@ def device_peak(device: torch.device) -> Peak:
     )
 
 
-def measured_matmul_flops(device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
-    """Best rate of a (size x size) bf16 product over about `seconds`, in FLOP/s."""
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+def measured_matmul_flops(
+    device: torch.device, size: int = 2048, seconds: float = 0.5, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Best rate of a (size x size) product in `dtype` over about `seconds`, in FLOP/s."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     best, spent = float("inf"), 0.0
     while spent < seconds or best == float("inf"):

@@ -1,0 +1,202 @@
+"""Both sides of a training row: our `train_step` on a recipe's model, and a Hugging Face model of the same shape.
+
+A reading is tokens per second over whole steps: forward, backward, gradient norm, clipping, optimizer. Both sides get
+the same packed rows and must learn: a reading whose loss has not fallen since the first step is an error.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from launch.bench.packed import PackedRows
+from launch.bench.row import Reading, Side
+from model.config import ModelConfig
+from model.hybrid import HybridLM, forward_flops, initialise_model
+from model.layers.attention import AttentionConfig
+from model.ops.backend import request
+from train.config import Recipe
+from train.engine import Engine
+from train.hardware import Peak, device_peak
+from train.health import Health
+from train.loop import mean_forward_flops, train_step
+from train.parallel import Mesh, choose_device, open_mesh
+from train.run import Clock, Run
+
+T = TypeVar("T")
+
+PEER_TRIALS = 2
+"""Steps in each precision, of which the fastest decides how the peer is run."""
+
+
+class Unwatched:
+    """Stands for the watch of a run: here nobody waits for another rank."""
+
+    def progress(self, what: str) -> None:
+        return None
+
+
+@dataclass
+class Bench:
+    """What `train_step` reads of a Run; nothing of it is on disk."""
+
+    recipe: Recipe
+    mesh: Mesh
+    stream: PackedRows
+    engine: Engine
+    health: Health
+    peak: Peak
+    clock: Clock
+    watch: Unwatched
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.training.tokens_per_step
+
+
+def packed_rows(recipe: Recipe) -> PackedRows:
+    """The rows that both sides train on."""
+    training = recipe.training
+    micro_batches = training.rows_per_step // training.micro_batch_rows
+    return PackedRows(recipe.model.vocab_size, training.sequence_length, training.micro_batch_rows, micro_batches)
+
+
+def braid(recipe: Recipe, steps: int) -> Iterator[Reading]:
+    """Our side: `steps` steps a reading."""
+    training = recipe.training
+    request(training.backends)
+    with open_mesh(recipe.parallel.device) as mesh:
+        model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, mesh=mesh)
+        initialise_model(model, recipe.seed)
+        engine = Engine(
+            model,
+            model.table(),
+            recipe.optimizer,
+            zero_stage=recipe.parallel.zero_stage,
+            mesh=mesh,
+            reduce_dtype=training.reduction,
+            options=recipe.parallel.buckets,
+        )
+        health = Health(model.table(), mesh, max_skipped=1)
+        bench = Bench(recipe, mesh, packed_rows(recipe), engine, health, device_peak(mesh.device), Clock(), Unwatched())
+        run = cast(Run, bench)
+        pool = packed_rows(recipe)
+        batches = [batch for _ in range(len(pool.samples) // pool.rows) for batch in pool.next_step()]
+        facts = {
+            "flops_per_token": 3 * mean_forward_flops(run, batches),
+            "peak_flops": bench.peak.flops,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        try:
+            yield from _readings(lambda: train_step(run)["loss"], steps, training.tokens_per_step, mesh.device, facts)
+        finally:
+            engine.close()
+
+
+def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], peer: ModelConfig) -> Iterator[Reading]:
+    """The peer's side, in the faster of two precisions: bf16 autocast over float32 weights, or bf16 weights.
+
+    build: the model, in float32. peer: the same model as a config of ours, for its FLOPs.
+    """
+    device = choose_device(recipe.parallel.device)
+    if device.type != "cuda":  # with mamba-ssm importable, transformers would take its CUDA kernels on the CPU too
+        sys.modules["mamba_ssm"] = sys.modules["causal_conv1d"] = None  # type: ignore[assignment]
+    trials = {}
+    for precision in ("bf16 autocast", "bf16 weights"):
+        step = _peer_step(recipe, build(), precision, device)
+        trials[precision] = min(_timed(step, device)[0] for _ in range(PEER_TRIALS))
+        del step
+    fastest = min(trials, key=lambda precision: trials[precision])
+    model = build()
+    length = recipe.training.sequence_length
+    flops = forward_flops(peer, length, lambda window: (length + 1) / 2)
+    facts = {
+        "flops_per_token": 3 * flops,
+        "peak_flops": device_peak(device).flops,
+        "precision": fastest,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    step = _peer_step(recipe, model, fastest, device)
+    yield from _readings(step, steps, recipe.training.tokens_per_step, device, facts)
+
+
+def without_windows(config: ModelConfig) -> ModelConfig:
+    """The same model with full causal attention."""
+    layers = {
+        letter: replace(layer, window=None) if isinstance(layer, AttentionConfig) else layer
+        for letter, layer in config.layers.items()
+    }
+    return replace(config, layers=layers)
+
+
+def utilisation(ours: Side, peer: Side | None) -> dict[str, Any]:
+    """MFU of both sides against one peak, the highest that either measured; the peer's precision; parameters."""
+    sides = [ours] if peer is None else [ours, peer]
+    peak = max(side.facts["peak_flops"] for side in sides)
+    mfu, *peer_mfu = [side.value * side.facts["flops_per_token"] / peak for side in sides]
+    return {
+        "mfu": mfu,
+        "peer_mfu": peer_mfu[0] if peer_mfu else None,
+        "peer_precision": None if peer is None else peer.facts["precision"],
+        "parameters": ours.facts["parameters"],
+        "peer_parameters": None if peer is None else peer.facts["parameters"],
+    }
+
+
+def _peer_step(recipe: Recipe, model: nn.Module, precision: str, device: torch.device) -> Callable[[], float]:
+    """One training step of the peer as a function that returns its loss."""
+    model.to(device, torch.bfloat16 if precision == "bf16 weights" else torch.float32).train()
+    config, clip_norm, rows = recipe.optimizer, recipe.training.clip_norm, packed_rows(recipe)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+    def step() -> float:
+        total = 0.0
+        for batch in rows.next_step():
+            tokens = batch.tokens.to(device)
+            labels = tokens.masked_fill(batch.starts.to(device), -100)
+            autocast = precision == "bf16 autocast"
+            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+                loss = model(input_ids=tokens, labels=labels, use_cache=False).loss / rows.micro_batches
+            loss.backward()
+            total += loss.item()
+        if clip_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def _readings(
+    step: Callable[[], float], steps: int, tokens: int, device: torch.device, facts: dict[str, Any]
+) -> Iterator[Reading]:
+    first: float | None = None
+    while True:
+        seconds, losses = _timed(lambda: [step() for _ in range(steps)], device)
+        if first is None:
+            first = losses[0]
+        elif losses[-1] >= first:
+            raise RuntimeError(f"the loss went from {first:.3f} to {losses[-1]:.3f}: this model does not train")
+        yield Reading(steps * tokens / seconds, facts | {"first_loss": first, "last_loss": losses[-1]})
+
+
+def _timed(action: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds that `action` took, and what it returned."""
+    begin = time.perf_counter()
+    result = action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin, result
