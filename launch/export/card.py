@@ -122,16 +122,17 @@ def _training(recipe: dict[str, Any], extra: dict[str, Any]) -> str:
 def _evaluation(results: dict[str, Any] | None) -> str:
     if results is None:
         return "Not evaluated: `braid eval` had not been run on this checkpoint."
-    rows = ["| what | metric | value |", "|---|---|---|"]
+    rows = ["| what | metric | value | items |", "|---|---|---|---|"]
     for entry in results.get("perplexity") or []:
         what = f"held-out text, rows of {entry['length']:,} tokens"
-        rows.append(f"| {what} | bits per byte | {entry['bits_per_byte']:.4f} |")
+        rows.append(f"| {what} | bits per byte | {entry['bits_per_byte']:.4f} | |")
     for task, metrics in sorted(results.get("tasks", {}).items()):
+        items = results.get("info", {}).get(task, {}).get("items", "")
         for metric, value in sorted(metrics.items()):
             if isinstance(value, float) and not metric.endswith("_stderr"):
                 spread = metrics.get(f"{metric}_stderr")
                 error = f" ± {spread:.4f}" if isinstance(spread, float) else ""
-                rows.append(f"| {task} | {metric} | {value:.4f}{error} |")
+                rows.append(f"| {task} | {metric} | {value:.4f}{error} | {items} |")
     return "\n".join(rows)
 
 

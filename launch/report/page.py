@@ -219,14 +219,15 @@ def _evaluations(run: RunRecord) -> str:
     for found in run.evaluations:
         for entry in found.get("perplexity") or []:
             what = f"held-out text, rows of {entry['length']:,} tokens"
-            rows.append([found["checkpoint"], what, "bits per byte", f"{entry['bits_per_byte']:.4f}"])
+            rows.append([found["checkpoint"], what, "bits per byte", f"{entry['bits_per_byte']:.4f}", ""])
         for task, metrics in sorted(found.get("tasks", {}).items()):
+            items = str(found.get("info", {}).get(task, {}).get("items", ""))
             for metric, value in sorted(metrics.items()):
                 if isinstance(value, (int, float)) and not metric.endswith("_stderr"):
                     error = metrics.get(f"{metric}_stderr")
                     spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                    rows.append([found["checkpoint"], task, metric, f"{value:.4f}{spread}"])
-    return _table(["checkpoint", "what", "metric", "value"], rows)
+                    rows.append([found["checkpoint"], task, metric, f"{value:.4f}{spread}", items])
+    return _table(["checkpoint", "what", "metric", "value", "items"], rows)
 
 
 def _when(event: dict[str, Any]) -> str:

@@ -108,11 +108,14 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path):
         "checkpoint": "tokens-000000001024",
         "tasks": {"probe": {"acc": 0.5, "acc_stderr": 0.01}},
         "perplexity": [{"length": 2048, "loss": 4.0, "bits_per_byte": 1.7}],
+        "info": {"probe": {"items": 150}},
     }
     (run / "eval" / "tokens-000000001024.json").write_text(json.dumps(results))
     (run / "samples.md").write_text(f"def f(): {NASTY}")
     text = page([read_run(run, "run")])
-    assert "0.5000 ± 0.0100" in text and "rows of 2,048 tokens" in text and "acc_stderr" not in text
+    assert (
+        "<td>0.5000 ± 0.0100</td><td>150</td>" in text and "rows of 2,048 tokens" in text and "acc_stderr" not in text
+    )
     assert NASTY not in text and f"def f(): {escape(NASTY)}" in text
 
 

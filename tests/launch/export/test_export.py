@@ -32,6 +32,13 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """(format, run, published folder)"""
     work = tmp_path_factory.mktemp(request.param)
     run = make_run(work / "run", PUBLISHED[request.param])
+    (run / "eval").mkdir()
+    results = {
+        "tasks": {"probe": {"acc": 0.5, "acc_stderr": 0.01}},
+        "perplexity": [{"length": 2048, "loss": 4.0, "bits_per_byte": 1.7}],
+        "info": {"probe": {"items": 150}},
+    }
+    (run / "eval" / "tokens-000000008192.json").write_text(json.dumps(results))
     done = publish(run, work / "published")
     assert done.format == request.param and done.parity.difference < 1e-4
     return request.param, run, done.folder
@@ -76,6 +83,18 @@ def test_nothing_is_written_by_hand_or_left_out(published: tuple[str, Path, Path
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "training_recipe.json"} <= names
     weights = load_file(folder / "model.safetensors")
     assert all(value.shape[0] != 512 for value in weights.values()), "padding rows were published"
+
+
+def test_the_card_says_what_one_must_know(published: tuple[str, Path, Path]):
+    """Breaks when the card names another stack, no evaluation, or asks for trust that NemotronH does not need."""
+    format, run, folder = published
+    text = (folder / "README.md").read_text()
+    assert f"    {PUBLISHED[format].stack}\n" in text
+    assert ("trust_remote_code" in text) == (format == "braid")
+    assert "| probe | acc | 0.5000 ± 0.0100 | 150 |" in text and "rows of 2,048 tokens | bits per byte | 1.7000" in text
+    assert "fingerprint `1111111111111111`" in text and "8,192 tokens" in text
+    recipe = json.loads((folder / "training_recipe.json").read_text())
+    assert recipe == json.loads((run / "recipe.json").read_text())
 
 
 def test_weights_in_shards_and_bfloat16(tmp_path: Path):
