@@ -51,8 +51,10 @@ def _all(pipes: list[Connection]) -> None:
 
 
 def _rank(rank: int, size: int, work: str, argument: Any, store: str, pipe: Connection) -> None:
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}.ranks", rank=rank, world_size=size)
         module, name = work.split(":")

@@ -17,6 +17,8 @@ from train.checkpoint.transaction import Alone, commit, tokens_of
 from train.zero import WEIGHT
 
 CHUNK_ELEMENTS = 1 << 24
+FILE_BYTES = 512 << 20
+"""Of a file, at most: so much is in memory until it is read back."""
 
 
 def uniform(count: int) -> list[float]:
@@ -51,7 +53,7 @@ def average(checkpoints: Sequence[Checkpoint], shares: Sequence[float], root: Pa
         root,
         tokens_of(newest.folder),
         Alone(),
-        write=lambda folder: write_rank_files(folder, 0, _means(checkpoints, shares, shapes)),
+        write=lambda folder: write_rank_files(folder, 0, _means(checkpoints, shares, shapes), FILE_BYTES),
         shapes=shapes,
         extra=newest.extra | {"averaged": origin, "validation": None},
         bytes_needed=sum(sizes),

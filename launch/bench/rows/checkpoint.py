@@ -140,7 +140,8 @@ def write_raw(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
     from model.weights.files import byte_view
 
     path = Path(argument["folder"]) / f"raw-{rank}"
-    views = [byte_view(value) for value in _state(rank, size, argument["parameters"]).values()]
+    state = _state(rank, size, argument["parameters"])
+    views = [byte_view(value) for value in state.values()]
     yield
     while True:
         digest = hashlib.sha256()
@@ -208,6 +209,7 @@ def read_ours(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
     """Every rank finds the checkpoint, verifies its share of the files, and reads its share of the state."""
     import torch
 
+    from model.params import LocalLayout, Piece
     from train.checkpoint.transaction import open_newest
     from train.parallel import Beside
 
@@ -223,8 +225,8 @@ def read_ours(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
         checkpoint = open_newest(root, group)
         assert checkpoint is not None
         for (kind, name), place in places.items():
-            start = rank * len(place)
-            place.copy_(checkpoint.read(name, kind, None, start, start + len(place)))
+            span = (rank * len(place), (rank + 1) * len(place))
+            checkpoint.read_into(place, name, kind, LocalLayout((len(place),), (Piece("", (span,), 0, 1, True),)))
         checkpoint.close()
         _forget(root)
         yield
@@ -238,7 +240,8 @@ def read_raw(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
     next(written)
     next(written)
     path = Path(argument["folder"]) / f"raw-{rank}"
-    views = [byte_view(value) for value in _state(rank, size, argument["parameters"]).values()]
+    state = _state(rank, size, argument["parameters"])
+    views = [byte_view(value) for value in state.values()]
     _forget(path.parent)
     yield
     while True:
@@ -310,7 +313,7 @@ def _row(name: str, what: str, ours: Any, peer: Any, peer_name: str, note: str =
     )
 
 
-BACK = "ours also reads every byte back from the disk and compares"
+BACK = "ours also reads every byte back and compares"
 ROWS = (
     _row("checkpoint_save", "One rank commits a checkpoint.", save_ours, save_raw, f"same bytes {RAW}", BACK),
     _row("checkpoint_save_2", "Two ranks commit one checkpoint.", save_ours_2, save_raw_2, f"same bytes {RAW}", BACK),
