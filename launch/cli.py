@@ -22,6 +22,8 @@ COMMANDS = {
     "lm-eval": "lm-eval's own command line, which knows --model braid",
     "report": "one page of curves about a run, or several side by side",
     "export": "publish a run as a Hugging Face folder",
+    "checkpoint": "list, show, prune or average the checkpoints of a run",
+    "verify": "read every byte of a run and its data, or prove that a recipe resumes exactly",
     "bench": "side-by-side speed against the peers installed here, one table",
 }
 """Name of a command, which is that of its module in launch/commands/ (with _ for -), and what it does. A command that

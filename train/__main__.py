@@ -8,7 +8,7 @@ from pathlib import Path
 
 from train.mistakes import describe
 from train.rank import die_with_launcher, explained, report
-from train.stop import EXIT_UNHEALTHY, EXIT_USER_ERROR
+from train.stop import EXIT_STALLED, EXIT_UNHEALTHY, EXIT_USER_ERROR
 
 EXIT_FAULT = 1
 
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     chosen = parser.parse_args(arguments)
     from train.health import TrainingHealthError
+    from train.watch import RankLost
 
     try:
         from train.config import load_recipe
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingHealthError as error:
         report(str(error))
         return EXIT_UNHEALTHY
+    except RankLost as error:
+        report(str(error), survivor=True)
+        return EXIT_STALLED
     except Exception as error:
         line = describe(error)
         if line is None and explained():

@@ -20,10 +20,13 @@ from data.prepare import DataConfig
 from model.config import ModelConfig
 from model.hybrid import Precision
 from model.ops.backend import check_names
+from train.checkpoint.retention import Retention
+from train.checkpoint.start import StartConfig
 from train.engine import ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
+from train.spikes import SpikesConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DType = Literal["float32", "bfloat16"]
@@ -83,18 +86,21 @@ class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
     device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
-    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds.
+    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
+    rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 77.
     buckets: sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = 1
     timeout_s: float = 1800.0
+    stall_s: float = 900.0
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
-        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number of seconds")
+        for key in ("timeout_s", "stall_s"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
         for key, elements in asdict(self.buckets).items():
             require(elements > 0, f"buckets.{key}", elements, "a positive number of elements")
 
@@ -114,17 +120,30 @@ class CheckpointsConfig:
     """What is saved, besides a checkpoint at the end and when the run is asked to stop.
 
     every_tokens: tokens from one checkpoint to the next, none for no others. keep_last: number of newest checkpoints
-    that are kept. resume: "auto" goes on from the newest valid checkpoint or begins, "required" refuses to begin,
-    "never" refuses a folder that holds a checkpoint.
+    that are kept. keep_every_tokens: also the first of every so many tokens, none for no others. keep_best: also so
+    many of the lowest validation loss, among those saved at a step that was validated. aside: training goes on while a
+    checkpoint is written, from one more copy of the state in host memory; false stops it for as long. resume: "auto"
+    goes on from the newest valid checkpoint or begins, "required" refuses to begin, "never" refuses a folder that holds
+    a checkpoint.
     """
 
     every_tokens: int | None = None
     keep_last: int = 3
+    keep_every_tokens: int | None = None
+    keep_best: int = 0
+    aside: bool = True
     resume: Literal["auto", "required", "never"] = "auto"
 
     def __post_init__(self) -> None:
         _check_interval(self.every_tokens)
         require(self.keep_last > 0, "keep_last", self.keep_last, "a positive integer")
+        every = self.keep_every_tokens
+        require(every is None or every > 0, "keep_every_tokens", every, "a positive number of tokens, or none")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "an integer that is not negative")
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_every_tokens, self.keep_best)
 
 
 @dataclass(frozen=True)
@@ -191,6 +210,8 @@ class Recipe:
     schedule: Schedule = field(default_factory=WSD)
     parallel: ParallelConfig = ParallelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    start: StartConfig = field(default_factory=StartConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     generation: GenerationConfig = GenerationConfig()

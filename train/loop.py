@@ -24,16 +24,23 @@ def train(recipe: Recipe) -> int:
     """
     with open_run(recipe) as run:
         while not run.finished:
-            run.metrics.step(train_step(run))
+            start = run.stream.sample
+            record = train_step(run)
+            run.metrics.step(record)
             run.announce_backends()
+            run.check_saved()
+            if run.spiked(record["loss"], start):
+                continue
             stopping = run.stop_asked()
-            if run.due(recipe.evaluation.every_tokens) and not (stopping or run.finished):
+            if (run.finished or run.due(recipe.evaluation.every_tokens)) and not stopping:
                 validate(run)
             if stopping or run.finished or run.due(recipe.checkpoints.every_tokens):
                 run.save()
             if stopping and not run.finished:
+                run.settle_saved()
                 run.metrics.say(f"stopped after step {run.clock.step} and saved; the same command resumes")
                 return EXIT_STOPPED
+        run.settle_saved()
         if not run.reported:
             finish(run)
     return EXIT_DONE
@@ -76,6 +83,7 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> dict[str, float]
     layers' metrics averaged over micro-batches, all over all ranks."""
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
+        run.watch.progress(f"step {run.clock.step + 1}")
         out = forward(run, batch)
         assert out.nll is not None
         loss = out.nll.sum() + sum(out.losses.values())
@@ -128,6 +136,7 @@ def validate(run: Run) -> Perplexity:
     """Loss and bits per byte of the held-out documents, the same on every number of ranks."""
 
     def nll(batch: Batch) -> Tensor:
+        run.watch.progress(f"validation at step {run.clock.step}")
         out = forward(run, batch)
         assert out.nll is not None
         return out.nll
@@ -145,6 +154,7 @@ def validate(run: Run) -> Perplexity:
     )
     run.engine.module.train()
     clock, bits = run.clock, result.bits_per_byte
+    run.validated = clock.step, result
     run.metrics.event("validation", step=clock.step, tokens=clock.tokens, loss=result.loss, bits_per_byte=bits)
     run.metrics.say(f"step {clock.step}: validation loss {result.loss:.4f}, {bits:.3f} bits per byte")
     return result
@@ -153,7 +163,7 @@ def validate(run: Run) -> Perplexity:
 def finish(run: Run) -> None:
     """The last validation, beside what general compressors make of the same text."""
     run.metrics.close_bar()
-    result = validate(run)
+    result = run.validation or validate(run)
     if not run.mesh.main:
         return
     shards = run.data.validation

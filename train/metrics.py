@@ -92,6 +92,14 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
+    def rewind(self, step: int, tokens: int) -> None:
+        """The run goes back to `step`: later lines are dropped, as a resumed run drops them."""
+        if self.folder is not None:
+            dropped = keep_lines(self.folder / "metrics.jsonl", lambda record: record["step"] <= step)
+            self.event("metrics_dropped", step=step, lines=dropped)
+            self.close_bar()
+            self.done_tokens = tokens
+
     def close_bar(self) -> None:
         """The steps are done; what is said from here on stands below the bar."""
         if self.bar is not None:

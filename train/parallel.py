@@ -85,6 +85,10 @@ class Mesh:
         """Returns when every rank has come here."""
         self.sum(0.0)
 
+    def beside(self) -> "Beside":
+        """The same ranks for a second thread, so that its words and the training's do not meet; made by all ranks."""
+        return Beside(self.rank, self.size, dist.new_group(backend="gloo") if self.size > 1 else None)
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -97,6 +101,24 @@ class Mesh:
     ) -> None:
         if kind is None:
             self.close()  # after an error other ranks may be waiting, and closing would wait for them
+
+
+class Beside:
+    """A process group over all ranks that talks over the CPU, for one thread of each."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in rank order, on every rank."""
+        values: list[T] = [value] * self.size
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.gather(None)
 
 
 def choose_device(device: str = "auto") -> torch.device:

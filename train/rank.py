@@ -11,14 +11,15 @@ from pathlib import Path
 WAIT_FOR_REASON_S = 2.0
 
 
-def report(message: str) -> None:
-    """Says once why the run ends: through the launcher, which prints one rank's words, or else as rank 0."""
+def report(message: str, *, survivor: bool = False) -> None:
+    """Says once why the run ends: through the launcher, which prints one rank's words, or else as rank 0. survivor: of
+    another rank's death, which may be rank 0's."""
     line = f"braid: error: {message}"
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report and "BRAID_LAUNCHER" in os.environ:
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
-    elif os.environ.get("RANK", "0") == "0":
+    elif survivor or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
 

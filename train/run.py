@@ -7,7 +7,8 @@ the weights before the engine partitions them, the checkpoint after it.
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,24 @@ import torch
 from data.files import write_durably
 from data.prepare import PreparedData, open_prepared
 from data.stream import BatchStream
+from eval.perplexity import Perplexity
 from model.hybrid import HybridLM, initialise_model, parameter_count
 from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
 from train.checkpoint.capture import restore
-from train.checkpoint.store import Store
+from train.checkpoint.start import open_start, start_from
+from train.checkpoint.store import Saved, Store
 from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
-from train.health import Health
+from train.health import Health, TrainingHealthError
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
+from train.rank import report
+from train.spikes import Spike, Spikes
 from train.stop import StopRequest
+from train.watch import Watch
 
 RECIPE = "recipe.json"
 
@@ -53,10 +59,14 @@ class Run:
     engine: Engine
     store: Store
     health: Health
+    spikes: Spikes
+    watch: Watch
     metrics: Metrics
     stop: StopRequest
     peak: Peak
     clock: Clock
+    validated: tuple[int, Perplexity] | None = None
+    """The newest validation and its step."""
     backends: dict[str, str] | None = None
 
     @property
@@ -72,6 +82,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.clock.tokens >= self.recipe.training.tokens
+
+    @property
+    def validation(self) -> Perplexity | None:
+        """Of the weights as they are now, if they were validated."""
+        return self.validated[1] if self.validated is not None and self.validated[0] == self.clock.step else None
 
     def due(self, every_tokens: int | None) -> bool:
         """Whether the step just taken passed a multiple of `every_tokens` on the token clock; None is never."""
@@ -100,10 +115,65 @@ class Run:
             self.metrics.say("ops: " + ", ".join(f"{op} by {names}" for op, names in self.backends.items()))
 
     def save(self) -> None:
-        """Commits a checkpoint: model, optimizer, data position, clock and what identifies them."""
-        self.mesh.together(self.confirm_lock)
-        folder = self.store.save(self.engine, self.clock.tokens, self._extra())
-        self.metrics.event("saved", step=self.clock.step, checkpoint=folder.name)
+        """Begins to save a checkpoint: model, optimizer, data position, clock and what identifies them."""
+        with self.watch.unwatched():
+            self.mesh.together(self.confirm_lock)
+            self._note_saved(self.store.save(self.engine, self.clock.step, self.clock.tokens, self._extra()))
+
+    def check_saved(self) -> None:
+        """Writes down a save that has been committed since. Raises CheckpointError when it failed."""
+        self._note_saved(self.store.poll())
+
+    def settle_saved(self) -> None:
+        """Waits for the save on its way; otherwise like `check_saved`."""
+        with self.watch.unwatched():
+            self._note_saved(self.store.settle())
+
+    def spiked(self, loss: float, start: int) -> bool:
+        """Whether the step just taken, from sample `start` on, completed a loss spike that the run goes back for."""
+        spike = self.spikes.observe(self.clock.step, loss, start, self.stream.sample)
+        if spike is None:
+            return False
+        self.metrics.event("spike", **spike._asdict())
+        self.metrics.say(
+            f"steps {spike.first} to {spike.last}: loss {spike.loss:.3f}, {spike.usual:.3f} before: a spike"
+        )
+        with self.watch.unwatched():
+            return self.recipe.spikes.action == "rollback" and self._roll_back(spike)
+
+    def _roll_back(self, spike: Spike) -> bool:
+        """Goes back to the newest checkpoint from before the spike and leaves out the samples that it read.
+
+        Returns False, having said so, when there is none. Raises TrainingHealthError after too many.
+        """
+        limit = self.recipe.spikes.rollbacks
+        if self.spikes.rollbacks >= limit:
+            raise TrainingHealthError(
+                f"step {spike.last}: the loss spiked again after {limit} rollbacks; "
+                "a lower learning rate, more warm-up or the data of these steps is where to look"
+            )
+        self.settle_saved()
+        checkpoint = self.store.back_to(spike.first)
+        if checkpoint is None:
+            self.metrics.say(f"no checkpoint is older than step {spike.first}: training goes on")
+            return False
+        rollbacks = self.spikes.rollbacks + 1
+        clock = _resume(self.recipe, checkpoint, self.engine, self.stream, self.spikes)
+        self.clock.step, self.clock.tokens = clock.step, clock.tokens
+        self.spikes.rollbacks = rollbacks
+        self.stream.skip(spike.start, spike.stop)
+        self.metrics.rewind(clock.step, clock.tokens)
+        samples = [spike.start, spike.stop]
+        self.metrics.event("rolled_back", step=clock.step, checkpoint=checkpoint.folder.name, skipped=samples)
+        self.metrics.say(
+            f"rolled back to step {clock.step} ({checkpoint.folder.name}); samples {spike.start} to {spike.stop - 1} "
+            "are left out"
+        )
+        return True
+
+    def _note_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self.metrics.event("saved", step=saved.step, checkpoint=saved.folder.name)
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -111,6 +181,8 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "clock": {"step": self.clock.step, "tokens": self.clock.tokens},
             "stream": self.stream.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "validation": None if self.validation is None else asdict(self.validation),
             "tokenizer": {"file": self.data.tokenizer.name, "sha256": self.data.tokenizer_sha256},
         }
 
@@ -121,6 +193,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
+        say = partial(report, survivor=True)
+        watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
+        stack.enter_context(watch.naming_the_dead())
         recipe.check_ranks(mesh.size)
         data = mesh.together(lambda: open_prepared(recipe.data, verify=False))
         mesh.together(lambda: data.verify(mesh.rank, mesh.size))
@@ -142,9 +217,22 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             options=recipe.parallel.buckets,
         )
         stack.callback(engine.close)
-        store = Store(recipe.folder / "checkpoints", mesh, recipe.checkpoints.keep_last, print)
+        store = Store(
+            recipe.folder / "checkpoints",
+            mesh,
+            recipe.checkpoints.retention,
+            print,
+            aside=recipe.checkpoints.aside,
+            confirm=lambda: None if lock is None else lock.confirm(),
+        )
+        stack.callback(store.close)
         checkpoint = store.newest(recipe.checkpoints.resume)
-        clock = Clock() if checkpoint is None else _resume(recipe, checkpoint, engine, stream)
+        spikes = Spikes(recipe.spikes)
+        started = None
+        if checkpoint is not None:
+            clock = _resume(recipe, checkpoint, engine, stream, spikes)
+        else:
+            clock, started = Clock(), _start(recipe, engine)
         run = Run(
             recipe=recipe,
             mesh=mesh,
@@ -154,6 +242,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             model=model,
             engine=engine,
             store=store,
+            spikes=spikes,
+            watch=watch,
             health=Health(model.table(), mesh, max_skipped=recipe.training.nonfinite_limit),
             metrics=stack.enter_context(_open_metrics(recipe, mesh, clock)),
             stop=stop,
@@ -161,6 +251,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             clock=clock,
         )
         _announce(run, checkpoint)
+        if started is not None:
+            run.metrics.event("started", **started)
+            run.metrics.say(f"started from {started['checkpoint']}: {started['taken']} parameters taken")
         yield run
 
 
@@ -174,7 +267,7 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
     )
 
 
-def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream) -> Clock:
+def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream, spikes: Spikes) -> Clock:
     """Restores everything from the checkpoint; refuses a recipe of another model or other data. (There is no random
     state to restore: noise is a function of seed, step, layer and sample.)"""
     saved, ours = checkpoint.extra["model"], json.loads(json.dumps(recipe.model.to_dict()))
@@ -186,9 +279,24 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
             "wants the saved model, or another name for the run"
         )
     stream.load_state_dict(checkpoint.extra["stream"])
+    if "spikes" in checkpoint.extra:
+        spikes.load_state_dict(checkpoint.extra["spikes"])
     restore(engine, checkpoint)
     checkpoint.close()
     return Clock(**checkpoint.extra["clock"])
+
+
+def _start(recipe: Recipe, engine: Engine) -> dict[str, Any] | None:
+    """Takes the weights of another run, as the recipe's [start] says; what was done, None for nothing."""
+    if not recipe.start.checkpoint:
+        return None
+    checkpoint = open_start(recipe.start, engine.mesh)
+    sources = start_from(engine, checkpoint, recipe.start)
+    checkpoint.close()
+    new = sorted(name for name, old in sources.items() if old is None)
+    renamed = {name: old for name, old in sources.items() if old not in (None, name)}
+    taken = len(sources) - len(new)
+    return {"checkpoint": str(checkpoint.folder), "taken": taken, "new": new, "renamed": renamed}
 
 
 def _open_metrics(recipe: Recipe, mesh: Mesh, clock: Clock) -> Metrics:

@@ -13,6 +13,8 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped by a signal after saving; the same command resumes."""
 EXIT_UNHEALTHY = 76
 """Training stopped itself: too many updates in a row were not finite."""
+EXIT_STALLED = 77
+"""Another rank died, or a step made no progress; the same command resumes."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 

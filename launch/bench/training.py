@@ -34,6 +34,13 @@ PEER_TRIALS = 2
 """Steps in each precision, of which the fastest decides how the peer is run."""
 
 
+class Unwatched:
+    """Stands for the watch of a run: here nobody waits for another rank."""
+
+    def progress(self, what: str) -> None:
+        return None
+
+
 @dataclass
 class Bench:
     """What `train_step` reads of a Run; nothing of it is on disk."""
@@ -45,6 +52,7 @@ class Bench:
     health: Health
     peak: Peak
     clock: Clock
+    watch: Unwatched
 
     @property
     def tokens_per_step(self) -> int:
@@ -75,7 +83,7 @@ def braid(recipe: Recipe, steps: int) -> Iterator[Reading]:
             options=recipe.parallel.buckets,
         )
         health = Health(model.table(), mesh, max_skipped=1)
-        bench = Bench(recipe, mesh, packed_rows(recipe), engine, health, device_peak(mesh.device), Clock())
+        bench = Bench(recipe, mesh, packed_rows(recipe), engine, health, device_peak(mesh.device), Clock(), Unwatched())
         run = cast(Run, bench)
         pool = packed_rows(recipe)
         batches = [batch for _ in range(len(pool.samples) // pool.rows) for batch in pool.next_step()]

@@ -4,6 +4,9 @@ import ctypes
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 from torch import Tensor
@@ -24,6 +27,36 @@ def byte_view(tensor: Tensor) -> memoryview:
     if size == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+class Digest:
+    """SHA-256 of what `update` gets, taken in a thread of its own while the caller reads or compares the next part.
+
+    A part may be changed only after the second `update` that follows it: two buffers in turn are enough.
+    """
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def update(self, part: memoryview | bytes) -> None:
+        self._wait()
+        self._pending = self._thread.submit(self._sha.update, part)
+
+    def hexdigest(self) -> str:
+        self._wait()
+        self._thread.shutdown()
+        return self._sha.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
+def buffers(size: int) -> Iterator[memoryview]:
+    """Two buffers in turn for parts of a file of `size` bytes."""
+    return cycle([memoryview(bytearray(min(CHUNK_BYTES, size))) for _ in range(2)])
 
 
 class RegularFile:
@@ -71,17 +104,12 @@ class RegularFile:
 
     def sha256(self) -> str:
         """Of the whole file, in bounded memory."""
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK_BYTES, self.size)))
-        for offset in range(0, self.size, CHUNK_BYTES):
+        digest = Digest()
+        for offset, buffer in zip(range(0, self.size, CHUNK_BYTES), buffers(self.size), strict=False):
             part = buffer[: min(CHUNK_BYTES, self.size - offset)]
             self.read_into(part, offset)
             digest.update(part)
         return digest.hexdigest()
-
-    def forget_cache(self) -> None:
-        """Lets the next read come from the disk or the server instead of this machine's page cache, where it can."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -76,3 +76,57 @@ def test_an_unhealthy_run_exits_with_its_own_code(workplace: Path) -> None:
     assert done.returncode == 76, done.stderr
     assert "2 updates in a row were skipped" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+BAD = range(24 * 8, 28 * 8)
+"""Samples that spoil the loss: those of steps 25 to 28."""
+
+
+def train_spoiled(folder: str, name: str, overrides: list[str]) -> str:
+    """`train()` on data of which some samples have five times the loss; returns how it ended."""
+    from train import loop
+    from train.config import load_recipe
+    from train.health import TrainingHealthError
+
+    os.chdir(folder)
+    clean = loop.forward
+
+    def forward(run, batch):
+        out = clean(run, batch)
+        bad = (batch.samples >= BAD.start) & (batch.samples < BAD.stop)
+        spoil = bad & run.engine.module.training
+        return out._replace(nll=out.nll * (1 + 4 * spoil[:, None].to(out.nll)))
+
+    loop.forward = forward
+    settings = ["spikes.window=16", "spikes.warmup=8", "spikes.patience=3", "checkpoints.every_tokens=5120"]
+    recipe = load_recipe(
+        ROOT / "launch/recipes/tiny.toml", [f"name={name}", f"training.tokens={40 * 512}", *settings, *overrides]
+    )
+    try:
+        return f"exit {loop.train(recipe)}"
+    except TrainingHealthError as error:
+        return str(error)
+
+
+def test_a_spike_is_rolled_back_and_its_samples_are_left_out(workplace: Path) -> None:
+    """The run goes back to the checkpoint of step 20, never reads the bad samples again, and ends as if nothing had
+    been: one line a step, in order, without the high losses."""
+    ends = run_ranks(train_spoiled, 2, str(workplace), "spoiled", ["spikes.action=rollback"])
+    assert ends == ["exit 0", "exit 0"]
+    run = workplace / "runs" / "spoiled"
+    (spike,) = events(run, "spike")
+    assert (spike["first"], spike["last"], spike["start"], spike["stop"]) == (25, 27, BAD.start, BAD.start + 24)
+    (back,) = events(run, "rolled_back")
+    assert (back["step"], back["checkpoint"]) == (20, "tokens-000000010240")
+    lines = curve(run)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert sum(line["loss"] > 1.5 * lines[23]["loss"] for line in lines[24:]) == 1, "one bad step is no spike"
+    assert ends == run_ranks(train_spoiled, 2, str(workplace), "spoiled", ["spikes.action=rollback"]), "a rerun"
+
+
+def test_a_spike_can_be_logged_alone(workplace: Path) -> None:
+    """By default nothing is changed behind the user's back; too many rollbacks end a run that asked for them."""
+    assert run_ranks(train_spoiled, 1, str(workplace), "logged", []) == ["exit 0"]
+    assert len(events(workplace / "runs" / "logged", "spike")) == 1
+    (end,) = run_ranks(train_spoiled, 1, str(workplace), "limited", ["spikes.action=rollback", "spikes.rollbacks=0"])
+    assert "spiked again after 0 rollbacks" in end

@@ -55,6 +55,11 @@ def name_of(tokens: int) -> str:
     return f"tokens-{tokens:012d}"
 
 
+def tokens_of(path: Path) -> int:
+    """The token count in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("tokens-"))
+
+
 def commit(
     root: Path,
     tokens: int,
@@ -65,12 +70,14 @@ def commit(
     extra: dict[str, Any],
     bytes_needed: int,
     stage: Callable[[str], None] = lambda name: None,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Path:
     """Saves one checkpoint together; every rank of `group` calls this and gets the same outcome.
 
     root: `runs/NAME/checkpoints`, on a file system that all ranks share. tokens: position on the token clock, the
     checkpoint's name. write: writes this rank's fragments into the folder given to it. shapes, extra: of the manifest,
     read on rank 0. bytes_needed: of this rank's tensors. stage: told the name of each step before it is taken.
+    confirm: called on rank 0 before the checkpoint gets its name; raises when this job must not write here.
     Returns the checkpoint's folder. Raises CheckpointError with the same message on all ranks when any of them fails;
     older checkpoints stay as they were.
     """
@@ -99,6 +106,7 @@ def commit(
         manifest.save(partial)
         _check_visible(partial)
         sync_folder(partial)
+        confirm()
         _swap(root, name, stage)
 
     try:
@@ -154,15 +162,18 @@ def open_newest(
     root: Path,
     group: Group | None = None,
     damaged: Callable[[Path, CheckpointError], None] | None = None,
+    before_step: int | None = None,
+    only: str | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint, agreed on by all ranks, which share the work of hashing its files; None when there is
     none at all.
 
     damaged: called on every rank with each checkpoint that cannot be trusted, before the next older one is tried, when
     no rank has a file of it open; without it, or when no older one is left, CheckpointError names the file.
+    before_step: pass over those taken at that step or later. only: consider the one of this name.
     """
     group = group or Alone()
-    candidates = agree(group, str(root), lambda: [path.name for path in discover(root)])[0]
+    candidates = agree(group, str(root), lambda: [path.name for path in discover(root) if only in (None, path.name)])[0]
     fault = None
     for name in candidates:
 
@@ -181,8 +192,9 @@ def open_newest(
                 raise
             damaged(root / name, error)
             continue
-        return checkpoint
-    if fault is not None:
+        if before_step is None or checkpoint.extra["clock"]["step"] < before_step:
+            return checkpoint
+    if fault is not None and before_step is None:
         raise fault
     return None
 

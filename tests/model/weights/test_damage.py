@@ -151,7 +151,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("place", "corrupt", "message"),
     [
         ("data", lambda data: data[:-1], "bytes after writing"),
-        ("data", lambda data: bytes([data[0] ^ 4, *data[1:]]), "reads back CRC-32"),
+        ("data", lambda data: bytes([data[0] ^ 4, *data[1:]]), "reads back other bytes than were written"),
         ("header", lambda data: bytes([*data[:50], data[50] ^ 4, *data[51:]]), "reads back another header"),
     ],
 )

@@ -110,7 +110,8 @@ def save(root: Path, tokens: int, group: Group, **options: Any) -> Path:
         "write": lambda folder: write_rank_files(folder, group.rank, items),
         "bytes_needed": 1000,
     }
-    return commit(root, tokens, group, shapes=simple_shapes(values), extra={"tokens": tokens}, **(defaults | options))
+    defaults |= {"shapes": simple_shapes(values), "extra": {"tokens": tokens}}
+    return commit(root, tokens, group, **(defaults | options))
 
 
 def die_at(wanted: str) -> Callable[[str], None]:

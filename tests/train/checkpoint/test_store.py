@@ -13,6 +13,7 @@ from tests.train.test_engine import same_bits
 from tests.train.tiny import run_step, snapshot, start_engine
 from train.checkpoint import store as store_module
 from train.checkpoint.capture import restore
+from train.checkpoint.retention import Retention
 from train.checkpoint.store import Store
 from train.checkpoint.transaction import Alone, name_of
 
@@ -29,7 +30,7 @@ class AloneMesh(Alone):
 
 
 def store_of(root: Path, lines: list[str]) -> Store:
-    return Store(root, AloneMesh(), keep_last=3, say=lines.append)  # type: ignore[arg-type]
+    return Store(root, AloneMesh(), keep=Retention(3), say=lines.append, aside=False)  # type: ignore[arg-type]
 
 
 def names_in(root: Path) -> list[str]:
@@ -87,13 +88,14 @@ def resume_on_two_ranks(root: Path) -> dict[str, Any]:
 
     lines: list[str] = []
     with open_mesh("cpu", timeout_s=60) as mesh:
-        store = Store(root, mesh, keep_last=2, say=lines.append)
+        store = Store(root, mesh, keep=Retention(2), say=lines.append)
         engine = start_engine(mesh, 1)
         states = {}
         for tokens in (1, 2, 3):
             run_step(engine, tokens, 1)
             engine.apply(1e-2)
-            store.save(engine, tokens, {})
+            store.save(engine, tokens, tokens, {})
+            assert store.settle() == (tokens, root / name_of(tokens))
             states[tokens] = snapshot(engine)
         kept = names_in(root)
         mesh.barrier()
@@ -107,7 +109,8 @@ def resume_on_two_ranks(root: Path) -> dict[str, Any]:
         same = same_bits(snapshot(engine), states[2])
         mesh.barrier()
         after = names_in(root)
-        store.save(engine, 3, {})
+        store.save(engine, 3, 3, {})
+        store.settle()
         saved = names_in(root)
         mesh.barrier()
         (root / ".partial-tokens-000000000009").mkdir(exist_ok=True)
