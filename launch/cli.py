@@ -38,8 +38,9 @@ Pretrains hybrid state-space language models.
 
 `braid COMMAND --help` explains a command. RECIPE is a TOML file or the name of a shipped recipe.
 
-exit codes: 0 done; 2 a mistake in what was asked for, named in one line; 75 stopped by a signal after saving, the same
-command resumes; 76 training stopped itself because updates stayed non-finite; 130 interrupted; others are failures.
+exit codes: 0 done; 2 a mistake in what was asked for, named in one line; 74 another rank died or stands still, it is
+named; 75 stopped by a signal after saving, the same command resumes; 76 training stopped itself because updates stayed
+non-finite; 130 interrupted; others are failures.
 BRAID_DEBUG=1 shows the traceback of a mistake."""
 
 INTERRUPTED = 130

@@ -210,8 +210,9 @@ def _head(job: Job) -> list[str]:
         "#   scancel JOBID                          the same, but Slurm kills what has not saved in KillWait (30 s)",
         "#   scancel --batch --signal=USR1 JOBID    saves, requeues and resumes, as before the time limit",
         "#",
-        "# The job's exit code is that of the ranks: 0 done; 2 a mistake, named in the output; 75 saved after a",
-        "# signal; 76 training stopped itself because updates stayed non-finite; anything else is a failure.",
+        "# The job's exit code is that of the ranks: 0 done; 2 a mistake, named in the output; 74 a rank died, and the",
+        "# others name it; 75 saved after a signal; 76 training stopped itself because updates stayed non-finite;",
+        "# anything else is a failure.",
     ]
 
 

@@ -87,7 +87,7 @@ class ParallelConfig:
 
     device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
     optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
-    rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 77.
+    rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
     buckets: sizes of DeepSpeed's buffers, in elements.
     """
 

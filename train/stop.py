@@ -13,8 +13,9 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped by a signal after saving; the same command resumes."""
 EXIT_UNHEALTHY = 76
 """Training stopped itself: too many updates in a row were not finite."""
-EXIT_STALLED = 77
-"""Another rank died, or a step made no progress; the same command resumes."""
+EXIT_STALLED = 74
+"""EX_IOERR: another rank died, or a step made no progress; the same command resumes. Below EXIT_STOPPED, because srun
+reports the highest code of the ranks."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from train.health import TrainingHealthError
 from train.parallel import Mesh
 from train.stop import EXIT_STALLED
 
@@ -74,6 +75,8 @@ class Watch:
         """Turns a failed collective into RankLost when another rank is not alive."""
         try:
             yield
+        except TrainingHealthError:  # all ranks agreed on it
+            raise
         except RuntimeError as error:
             missing = self.missing()
             if not missing:

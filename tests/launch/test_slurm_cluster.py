@@ -85,7 +85,7 @@ def test_a_node_that_dies_does_not_end_the_run(cluster: Cluster, folder: Path):
     cluster.wait(job, "saved", lambda: any((run / "checkpoints").glob("tokens-*")))
     cluster.kill_tasks(NODES[1])
     log = run / f"slurm-{job}.out"
-    cluster.wait(job, "failed on the other node", lambda: "task 0: Exited with exit code 1" in log.read_text())
+    cluster.wait(job, "failed on the other node", lambda: "task 0: Exited with exit code 74" in log.read_text())
     assert cluster.job(job)["JobState"] == "RUNNING"
     cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
     cluster.wait(job, "requeued", lambda: cluster.job(job)["Restarts"] == "1")

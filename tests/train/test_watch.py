@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tests.ranks import free_port
 from tests.train.runs import ROOT, braid, curve, environment, write_corpus
+from train.health import TrainingHealthError
 from train.stop import EXIT_STALLED
+from train.watch import RankLost, Watch
 
 LONG = ("training.tokens=51200000", "checkpoints.every_tokens=none", "evaluation.every_tokens=none")
 
@@ -22,6 +25,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "corpus")
     braid("prepare", "tiny", cwd=folder)
     return folder
+
+
+def test_only_failed_collectives_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that all ranks agree on must not be blamed on those that left a moment earlier."""
+    watch = Watch(SimpleNamespace(size=1, rank=0), tmp_path, 10, print)  # type: ignore[arg-type]
+    monkeypatch.setattr(watch, "missing", lambda: ["rank 1 (process 7 on here)"])
+    for error, expected in (
+        (RuntimeError("Connection closed by peer"), RankLost),
+        (TrainingHealthError("diverged"), TrainingHealthError),
+        (ValueError("a mistake"), ValueError),
+    ):
+        with pytest.raises(expected), watch.naming_the_dead():
+            raise error
 
 
 def start_ranks(workplace: Path, name: str, *overrides: str) -> list[subprocess.Popen[str]]:
