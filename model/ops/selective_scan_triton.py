@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 LN_2 = tl.constexpr(math.log(2))
 CHANNELS = 32  # per program
-CHUNK = 32  # tokens per saved state: N/32 float32 per token and channel
-STEPS = 4  # tokens whose states backward holds in registers at once
+SHORTEST, LONGEST = 16, 64  # tokens per chunk; between them as many as there are states, so one number is saved per token
+STEPS = tl.constexpr(4)  # tokens whose states backward holds in registers at once
+AHEAD = tl.constexpr(4)  # chunks whose states are read at once before they are passed on
 
 
 @triton.jit
@@ -100,17 +101,26 @@ def _pass_states(
     h = tl.zeros((NP, CP), tl.float32)
     if HAS_FIRST:
         h = tl.load(first + b * N * C + tile, mask=inside, other=0)
-    for i in range(0, K):
-        k = K - 1 - i if REVERSE else i
-        at = states + (b * K + k) * N * C + tile
-        added = tl.load(at, mask=inside, other=0)
-        tl.store(at, h, mask=inside)
-        h = h * tl.exp2(A2_tile * tl.load(elapsed + (b * K + k) * C + c, mask=c < C, other=0)[None, :])
-        if HAS_DOCUMENTS:
-            end = tl.load(documents + b * T + tl.minimum(k * L + L, T) - 1)
-            before = tl.load(documents + b * T + k * L - 1, mask=k > 0, other=0)
-            h = tl.where(end == before, h, 0.0)
-        h += added
+    for i in range(0, K, AHEAD):
+        added, totals, same = (), (), ()
+        for j in tl.static_range(AHEAD):
+            k = K - 1 - i - j if REVERSE else i + j
+            limit = tl.where((k >= 0) & (k < K), C, 0)
+            at = states + (b * K + k) * N * C + tile
+            added = added + (tl.load(at, mask=(n < N)[:, None] & (c < limit)[None, :], other=0),)
+            totals = totals + (tl.load(elapsed + (b * K + k) * C + c, mask=c < limit, other=0),)
+            if HAS_DOCUMENTS:
+                end = tl.load(documents + b * T + tl.minimum(k * L + L, T) - 1, mask=limit > 0, other=0)
+                before = tl.load(documents + b * T + k * L - 1, mask=(k > 0) & (limit > 0), other=0)
+                same = same + (end == before,)
+        for j in tl.static_range(AHEAD):
+            k = K - 1 - i - j if REVERSE else i + j
+            limit = tl.where((k >= 0) & (k < K), C, 0)
+            tl.store(states + (b * K + k) * N * C + tile, h, mask=(n < N)[:, None] & (c < limit)[None, :])
+            h *= tl.exp2(A2_tile * totals[j][None, :])
+            if HAS_DOCUMENTS:
+                h = tl.where(same[j], h, 0.0)
+            h += added[j]
     tl.store(last + b * N * C + tile, h, mask=inside)
 
 
@@ -166,12 +176,11 @@ def _chunk_gradients(
 def _input_gradients(
     x, dt, A2, B, C_, D, documents, states, gradients, dy, dx, ddt, dA, dB, dC, dD,
     batch, T, C, N, K, x_b, x_t, B_b, B_t, C_b, C_t, dy_b, dy_t,
-    NP: tl.constexpr, CP: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr,
+    NP: tl.constexpr, CP: tl.constexpr, L: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs from the state that enters each chunk and the gradient of the one that leaves it.
 
-    Right to left by S tokens, whose states are computed again from the chunk's first. dA (B, K, N, C) and dD
+    Right to left by STEPS tokens, whose states are computed again from the chunk's first. dA (B, K, N, C) and dD
     (B, K, C) are sums of a chunk's tokens; dB and dC (blocks of channels, B, T, N) of a program's channels.
     """
     block = tl.program_id(0)
@@ -187,35 +196,37 @@ def _input_gradients(
     skip = tl.zeros((CP,), tl.float32)
     if HAS_D:
         skip = tl.load(D + c, mask=c < C, other=0)
-    for part in range(0, L // S):
-        start = k * L + L - S - part * S
+    for part in range(0, L // STEPS):
+        start = k * L + L - STEPS - part * STEPS
         h = tl.load(entering, mask=inside, other=0)
         for t in range(k * L, tl.minimum(start, T)):
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)
             Bt = _vector(B, b, t, n, T, N, B_b, B_t)
             h = _step(h, A2_tile, xt, dtt, Bt, _continues(documents, b, t, T, HAS_DOCUMENTS), HAS_DOCUMENTS)
         hs = (h,)
-        for i in tl.static_range(S):
+        for i in tl.static_range(STEPS):
             t = start + i
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)
             Bt = _vector(B, b, t, n, T, N, B_b, B_t)
             h = _step(h, A2_tile, xt, dtt, Bt, _continues(documents, b, t, T, HAS_DOCUMENTS), HAS_DOCUMENTS)
             hs = hs + (h,)
-        for i in tl.static_range(S):
-            t = start + S - 1 - i
+        for i in tl.static_range(STEPS):
+            t = start + STEPS - 1 - i
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)
             here = tl.where(t < T, C, 0)
             dyt = tl.load(dy + b * dy_b + t * dy_t + c, mask=c < here, other=0).to(tl.float32)
             Bt, Ct = _vector(B, b, t, n, T, N, B_b, B_t), _vector(C_, b, t, n, T, N, C_b, C_t)
             at = ((block * batch + b) * T + t) * N + n
-            tl.store(dC + at, tl.sum(hs[S - i] * dyt[None, :], 1), mask=n < tl.where(t < T, N, 0))
+            tl.store(dC + at, tl.sum(hs[STEPS - i] * dyt[None, :], 1), mask=n < tl.where(t < T, N, 0))
             g += Ct * dyt[None, :]
             tl.store(dB + at, tl.sum(g * (dtt * xt)[None, :], 1), mask=n < tl.where(t < T, N, 0))
             through_B = tl.sum(g * Bt, 0)
             g *= tl.exp2(A2_tile * dtt[None, :])
+            decayed = g * hs[STEPS - 1 - i]  # the gradient of the exponent
             if HAS_DOCUMENTS:
-                g = tl.where(_continues(documents, b, t, T, HAS_DOCUMENTS), g, 0.0)
-            decayed = g * hs[S - 1 - i]  # the gradient of the exponent
+                continues = _continues(documents, b, t, T, HAS_DOCUMENTS)
+                g = tl.where(continues, g, 0.0)
+                decayed = tl.where(continues, decayed, 0.0)  # the other document's state may be infinite
             sum_A += decayed * dtt[None, :]
             ddtt = xt * through_B + tl.sum(decayed * A2_tile, 0) * LN_2
             dxt = dtt * through_B
@@ -244,7 +255,7 @@ def selective_scan_triton(
     index 0 continues `initial_state` (B, C, N) float32, zeros where there is none.
 
     Returns y (B, T, C) in x's dtype and the state after the last token (B, C, N) float32, both differentiable in all
-    that is real. Saves its inputs and N/32 float32 numbers per token and channel.
+    that is real. Saves its inputs and up to N = 64 one float32 number per token and channel.
     """
     return _SelectiveScan.apply(x, dt, A, B, C, D, documents, initial_state)
 
@@ -256,7 +267,7 @@ class _SelectiveScan(torch.autograd.Function):
         x, dt, B, C = _rows(x), dt.float().contiguous(), _rows(B), _rows(C)
         documents = None if documents is None else documents.to(torch.int32).contiguous()
         D = None if D is None else D.float().contiguous()
-        ctx.plan = plan = _Plan(x, A, documents, D)
+        ctx.plan = plan = _Plan(x, A, documents)
         A2 = _states_first(A) / LN_2.value
         states, elapsed = plan.new(plan.K, plan.N, plan.C), plan.new(plan.K, plan.C)
         first = None if initial_state is None else _states_first(initial_state)
@@ -292,7 +303,7 @@ class _SelectiveScan(torch.autograd.Function):
             plan.pass_states(gradients, elapsed, A2, documents, last, d_first, reverse=True)
             _input_gradients[plan.chunks](
                 x, dt, A2, B, C, D, documents, states, gradients, dy, dx, ddt, dA, dB, dC, dD,
-                x.shape[0], *plan.sizes, *strides, S=STEPS, HAS_D=D is not None, **plan.tile,
+                x.shape[0], *plan.sizes, *strides, HAS_D=D is not None, **plan.tile,
             )  # fmt: skip
         dt_type, A_type, B_type, C_type, D_type, state_type = ctx.dtypes
         return (
@@ -310,17 +321,19 @@ class _SelectiveScan(torch.autograd.Function):
 class _Plan:
     """Sizes, grids and tiles of one call."""
 
-    def __init__(self, x: Tensor, A: Tensor, documents: Tensor | None, D: Tensor | None) -> None:
+    def __init__(self, x: Tensor, A: Tensor, documents: Tensor | None) -> None:
         self.batch, self.T, self.C = x.shape
-        self.N, self.K, self.device = A.shape[1], triton.cdiv(self.T, CHUNK), x.device
+        self.N, self.device = A.shape[1], x.device
+        NP = triton.next_power_of_2(self.N)
+        L = min(max(NP, SHORTEST), LONGEST)
+        self.K = triton.cdiv(self.T, L)
         self.sizes = (self.T, self.C, self.N, self.K)
         blocks = triton.cdiv(self.C, CHANNELS)
         self.chunks, self.rows = (blocks, self.K, self.batch), (blocks, self.batch)
-        NP = triton.next_power_of_2(self.N)
         self.tile = {
             "NP": NP,
             "CP": CHANNELS,
-            "L": CHUNK,
+            "L": L,
             "HAS_DOCUMENTS": documents is not None,
             "num_warps": min(8, max(1, NP * CHANNELS // 512)),  # 16 numbers of a tile per thread
         }
