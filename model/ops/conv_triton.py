@@ -78,10 +78,10 @@ def _gradients(
     # All that those outputs read: the inputs at t-k+1 .. t+k-1, and the taps by distance.
     inputs, index, taps = (), (), ()
     for e in tl.static_range(2 * TAPS - 1):
-        inputs = inputs + (_inputs(x, state, b, t + (e - TAPS + 1), c, T, C, x_b, x_t, TAPS, HAS_STATE),)
-        index = index + (_documents(documents, b, t + (e - TAPS + 1), T, HAS_DOCUMENTS),)
+        inputs += (_inputs(x, state, b, t + (e - TAPS + 1), c, T, C, x_b, x_t, TAPS, HAS_STATE),)
+        index += (_documents(documents, b, t + (e - TAPS + 1), T, HAS_DOCUMENTS),)
     for d in tl.static_range(TAPS):
-        taps = taps + (tl.load(weight + c * TAPS + (TAPS - 1 - d), mask=c < C, other=0).to(tl.float32)[None, :],)
+        taps += (tl.load(weight + c * TAPS + (TAPS - 1 - d), mask=c < C, other=0).to(tl.float32)[None, :],)
     part = (b * tl.num_programs(1) + i) * C
     total = tl.zeros((TP, CP), tl.float32)
     for j in tl.static_range(TAPS):  # the output at t+j

@@ -22,7 +22,10 @@ from torch.autograd.function import once_differentiable
 
 LN_2 = tl.constexpr(math.log(2))
 CHANNELS = 32  # per program
-SHORTEST, LONGEST = 16, 64  # tokens per chunk; between them as many as there are states, so one number is saved per token
+SHORTEST, LONGEST = (
+    16,
+    64,
+)  # tokens per chunk; between them as many as there are states, so one number is saved per token
 STEPS = tl.constexpr(4)  # tokens whose states backward holds in registers at once
 AHEAD = tl.constexpr(4)  # chunks whose states are read at once before they are passed on
 
@@ -107,12 +110,12 @@ def _pass_states(
             k = K - 1 - i - j if REVERSE else i + j
             limit = tl.where((k >= 0) & (k < K), C, 0)
             at = states + (b * K + k) * N * C + tile
-            added = added + (tl.load(at, mask=(n < N)[:, None] & (c < limit)[None, :], other=0),)
-            totals = totals + (tl.load(elapsed + (b * K + k) * C + c, mask=c < limit, other=0),)
+            added += (tl.load(at, mask=(n < N)[:, None] & (c < limit)[None, :], other=0),)
+            totals += (tl.load(elapsed + (b * K + k) * C + c, mask=c < limit, other=0),)
             if HAS_DOCUMENTS:
                 end = tl.load(documents + b * T + tl.minimum(k * L + L, T) - 1, mask=limit > 0, other=0)
                 before = tl.load(documents + b * T + k * L - 1, mask=(k > 0) & (limit > 0), other=0)
-                same = same + (end == before,)
+                same += (end == before,)
         for j in tl.static_range(AHEAD):
             k = K - 1 - i - j if REVERSE else i + j
             limit = tl.where((k >= 0) & (k < K), C, 0)
@@ -209,7 +212,7 @@ def _input_gradients(
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)
             Bt = _vector(B, b, t, n, T, N, B_b, B_t)
             h = _step(h, A2_tile, xt, dtt, Bt, _continues(documents, b, t, T, HAS_DOCUMENTS), HAS_DOCUMENTS)
-            hs = hs + (h,)
+            hs += (h,)
         for i in tl.static_range(STEPS):
             t = start + STEPS - 1 - i
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)

@@ -1,9 +1,8 @@
-"""Our ops against mamba-ssm's own code: the Triton kernels that its models train with, the listing of the paper, and the
-reference of its selective scan."""
+"""Our ops against mamba-ssm's own code: the Triton kernels that its models train with, the listing of the paper, and
+the reference of its selective scan."""
 
 import sys
 from contextlib import nullcontext
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -18,20 +17,19 @@ from model.ops.ssd import ssd
 from tests.model.ops.kernels import DEVICE, INTERPRETED
 from tests.model.ops.support import assert_same, leaf, outputs_and_gradients, packed
 
+FOUND = find_spec("mamba_ssm")
+if FOUND is None:
+    pytest.skip("mamba-ssm is not installed", allow_module_level=True)
+assert FOUND.submodule_search_locations
+FOLDER = FOUND.submodule_search_locations[0]
 CHUNK = 16
-
-
-@cache
-def folder() -> str:
-    spec = find_spec("mamba_ssm")
-    assert spec is not None and spec.submodule_search_locations
-    return spec.submodule_search_locations[0]
+WITHIN = 1e-5 if INTERPRETED else 1e-2
+"""On a GPU their products of float32 matrices round to TF32."""
 
 
 def mamba_ssm(module: str) -> ModuleType:
     """A module of mamba-ssm, without what its packages import at once: CUDA extensions and all its models."""
-    at = folder()
-    for name, path in (("mamba_ssm", at), ("mamba_ssm.modules", f"{at}/modules")):
+    for name, path in (("mamba_ssm", FOLDER), ("mamba_ssm.modules", f"{FOLDER}/modules")):
         if name not in sys.modules:
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__path__ = [path]
@@ -63,7 +61,7 @@ def inputs(T: int, G: int, B: int = 2, H: int = 2, P: int = 16, N: int = 16) -> 
     return [v.to(DEVICE).requires_grad_() for v in values]
 
 
-def compared(T: int, G: int, documents: Tensor | None, carried: bool, within: float) -> None:
+def compared(T: int, G: int, documents: Tensor | None, carried: bool) -> None:
     theirs = mamba_ssm("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     leaves = inputs(T, G)
     x, dt, A, B, C, D, state = leaves
@@ -72,31 +70,27 @@ def compared(T: int, G: int, documents: Tensor | None, carried: bool, within: fl
     first = state if carried else None
 
     def ours():
-        return ssd(
-            x, dt, A, B, C, D=D, documents=documents, initial_state=first, return_state=True, backend="torch"
-        )
+        return ssd(x, dt, A, B, C, D=D, documents=documents, initial_state=first, return_state=True, backend="torch")
 
     def kernels():
-        return theirs(
-            x, dt, A, B, C, CHUNK, D=D, initial_states=first, seq_idx=documents, return_final_states=True
-        )
+        return theirs(x, dt, A, B, C, CHUNK, D=D, initial_states=first, seq_idx=documents, return_final_states=True)
 
-    assert_same(outputs_and_gradients(ours, used), outputs_and_gradients(kernels, used), within)
+    assert_same(outputs_and_gradients(ours, used), outputs_and_gradients(kernels, used), WITHIN)
 
 
 def test_row():
     """An odd length, two groups: outputs, final state and the gradients of all inputs."""
-    compared(37, 2, None, False, 1e-5)
+    compared(37, 2, None, False)
 
 
 def test_documents_and_state():
     """Boundaries at, before and after a chunk's edge, and a state that only the first document sees."""
-    compared(37, 1, packed([5, 10, 1, 21], [16, 17, 4]), True, 1e-5)
+    compared(37, 1, packed([5, 10, 1, 21], [16, 17, 4]), True)
 
 
 def test_a_state_that_no_document_continues():
     """Rows whose first document has index 1: both leave the state alone and its gradient is zero."""
-    compared(19, 2, packed([19], [7, 12], state=False), True, 1e-5)
+    compared(19, 2, packed([19], [7, 12], state=False), True)
 
 
 @pytest.mark.slow
@@ -105,9 +99,9 @@ def test_a_state_that_no_document_continues():
 @pytest.mark.parametrize("T", [1, 15, 16, 33, 64])
 def test_lengths(T, G, carried):
     """Shorter than a chunk, whole chunks, one token more; alone, and with a boundary at every kind of place."""
-    compared(T, G, None, carried, 1e-5)
+    compared(T, G, None, carried)
     for first in {1, T // 2, T - 1} - {0, T}:
-        compared(T, G, packed([first, T - first], [T]), carried, 1e-5)
+        compared(T, G, packed([first, T - first], [T]), carried)
 
 
 @pytest.mark.parametrize("carried", [False, True])

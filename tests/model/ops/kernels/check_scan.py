@@ -35,7 +35,9 @@ def recurrence(x, dt, A, B, C, D, documents, state) -> tuple[Tensor, Tensor]:
     return torch.stack(ys, 1), h
 
 
-def inputs(rows: int, T: int, dtype: torch.dtype = torch.float32, channels: int = C, states: int = N) -> dict[str, Tensor]:
+def inputs(
+    rows: int, T: int, dtype: torch.dtype = torch.float32, channels: int = C, states: int = N
+) -> dict[str, Tensor]:
     """Leaves by name: x, B and C in `dtype`, the others float32. Steps from short to so long that a state is lost."""
     dt = torch.exp(2 * leaf(rows, T, channels, seed=1) - 2)
     A = -torch.exp(leaf(channels, states, seed=2))
@@ -43,9 +45,7 @@ def inputs(rows: int, T: int, dtype: torch.dtype = torch.float32, channels: int 
     D, state = leaf(channels), leaf(rows, channels, states)
     wide = (x, dt, A, B, C, D, state)
     types = (dtype, torch.float32, torch.float32, dtype, dtype, torch.float32, torch.float32)
-    return {
-        name: v.detach().to(to).to(DEVICE).requires_grad_() for name, v, to in zip(NAMES, wide, types, strict=True)
-    }
+    return {name: v.detach().to(to).to(DEVICE).requires_grad_() for name, v, to in zip(NAMES, wide, types, strict=True)}
 
 
 def compare(given: dict[str, Tensor], documents: Tensor | None = None, within: float = 1e-5) -> None:
