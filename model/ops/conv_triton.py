@@ -21,7 +21,8 @@ TOKENS, CHANNELS = 32, 32  # per program
 def _inputs(x, state, b, t, c, T, C, x_b, x_t, TAPS: tl.constexpr, HAS_STATE: tl.constexpr):
     """The inputs at tokens t, (TP, CP) float32: before the row the state's, zeros where there are none."""
     inside = (c < C)[None, :]
-    v = tl.load(x + b * x_b + t[:, None] * x_t + c[None, :], mask=((t >= 0) & (t < T))[:, None] & inside, other=0)
+    at = x + b * x_b + t.to(tl.int64)[:, None] * x_t + c[None, :]
+    v = tl.load(at, mask=((t >= 0) & (t < T))[:, None] & inside, other=0)
     v = v.to(tl.float32)
     if HAS_STATE:
         at = state + (b * (TAPS - 1) + t + TAPS - 1)[:, None] * C + c[None, :]
@@ -86,7 +87,7 @@ def _gradients(
     total = tl.zeros((TP, CP), tl.float32)
     for j in tl.static_range(TAPS):  # the output at t+j
         there = (t + j >= 0) & (t + j < T)
-        at = dy + b * dy_b + (t + j)[:, None] * dy_t + c[None, :]
+        at = dy + b * dy_b + (t + j).to(tl.int64)[:, None] * dy_t + c[None, :]
         dh = tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0).to(tl.float32)
         if SILU:
             h = tl.zeros((TP, CP), tl.float32)

@@ -45,7 +45,7 @@ def _continues(documents, b, t, T, HAS_DOCUMENTS: tl.constexpr):
 def _tokens(x, dt, b, t, c, T, C, x_b, x_t):
     """x and dt of a token, (channels,) float32; zeros past the end, which leave a state as it is."""
     inside = c < tl.where(t < T, C, 0)
-    xt = tl.load(x + b * x_b + t * x_t + c, mask=inside, other=0).to(tl.float32)
+    xt = tl.load(x + b * x_b + tl.cast(t, tl.int64) * x_t + c, mask=inside, other=0).to(tl.float32)
     dtt = tl.load(dt + (b * T + t) * C + c, mask=inside, other=0)
     return xt, dtt
 
@@ -54,7 +54,7 @@ def _tokens(x, dt, b, t, c, T, C, x_b, x_t):
 def _vector(v, b, t, n, T, N, v_b, v_t):
     """B or C of a token, (N, 1) float32."""
     inside = n < tl.where(t < T, N, 0)
-    return tl.load(v + b * v_b + t * v_t + n, mask=inside, other=0).to(tl.float32)[:, None]
+    return tl.load(v + b * v_b + tl.cast(t, tl.int64) * v_t + n, mask=inside, other=0).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -116,6 +116,7 @@ def _pass_states(
                 end = tl.load(documents + b * T + tl.minimum(k * L + L, T) - 1, mask=limit > 0, other=0)
                 before = tl.load(documents + b * T + k * L - 1, mask=(k > 0) & (limit > 0), other=0)
                 same += (end == before,)
+        tl.debug_barrier()  # a thread may write what another one reads
         for j in tl.static_range(AHEAD):
             k = K - 1 - i - j if REVERSE else i + j
             limit = tl.where((k >= 0) & (k < K), C, 0)
@@ -217,7 +218,7 @@ def _input_gradients(
             t = start + STEPS - 1 - i
             xt, dtt = _tokens(x, dt, b, t, c, T, C, x_b, x_t)
             here = tl.where(t < T, C, 0)
-            dyt = tl.load(dy + b * dy_b + t * dy_t + c, mask=c < here, other=0).to(tl.float32)
+            dyt = tl.load(dy + b * dy_b + tl.cast(t, tl.int64) * dy_t + c, mask=c < here, other=0).to(tl.float32)
             Bt, Ct = _vector(B, b, t, n, T, N, B_b, B_t), _vector(C_, b, t, n, T, N, C_b, C_t)
             at = ((block * batch + b) * T + t) * N + n
             tl.store(dC + at, tl.sum(hs[STEPS - i] * dyt[None, :], 1), mask=n < tl.where(t < T, N, 0))

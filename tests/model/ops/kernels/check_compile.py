@@ -54,9 +54,9 @@ def launches(monkeypatch) -> list[Launch]:
     return seen
 
 
-def scan(dtype: torch.dtype, full: bool, states: int = 16) -> None:
+def scan(dtype: torch.dtype, full: bool, states: int = 16, sizes: tuple[int, int, int] = (2, 128, 512)) -> None:
     """A layer of width 256; `full`: with documents, a state and D."""
-    B, T, C = 2, 128, 512
+    B, T, C = sizes
     x, dt, A = torch.zeros(B, T, C, dtype=dtype, requires_grad=True), torch.zeros(B, T, C), torch.zeros(C, states)
     b = torch.zeros(B, T, 2 * states, dtype=dtype)[..., :states]
     rest = (torch.zeros(C), torch.zeros(B, T, dtype=torch.int32), torch.zeros(B, C, states))
@@ -64,8 +64,8 @@ def scan(dtype: torch.dtype, full: bool, states: int = 16) -> None:
     torch.autograd.grad([y, state], x, [torch.zeros_like(y), torch.zeros_like(state)])
 
 
-def conv(dtype: torch.dtype, full: bool, taps: int = 4) -> None:
-    B, T, C = 2, 128, 640
+def conv(dtype: torch.dtype, full: bool, taps: int = 4, sizes: tuple[int, int, int] = (2, 128, 640)) -> None:
+    B, T, C = sizes
     x = torch.zeros(B, T, 2 * C, dtype=dtype, requires_grad=True)
     rest = (torch.zeros(C), torch.zeros(B, T, dtype=torch.int32), torch.zeros(B, taps - 1, C, dtype=dtype), "silu")
     y = causal_conv_triton(x[..., :C], torch.zeros(C, taps), *(rest if full else (None,)))
@@ -104,3 +104,12 @@ def test_with_everything(launches, call: Callable, names, dtype, capability):
 def test_every_variant(launches, call: Callable, names, size, dtype, capability, full):
     call(dtype, full, size)
     compiles(launches, capability, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 512), (1, 37, 1)])
+@pytest.mark.parametrize(("call", "names"), [(scan, SCAN), (conv, CONV)])
+def test_sizes_of_one(launches, call: Callable, names, sizes):
+    """Triton makes a constant of a size that is 1: of one row, token or channel."""
+    call(torch.float32, True, 1, sizes)
+    compiles(launches, 80, names)
