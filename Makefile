@@ -1,4 +1,4 @@
-# make setup | check | peers | test | test-all | quickstart | clean. Each makes what it needs; nothing is installed twice.
+# make setup | peers | check | test | test-all | quickstart | clean. Each makes what it needs; nothing is installed twice.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))

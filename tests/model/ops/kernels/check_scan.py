@@ -67,8 +67,8 @@ def compare(given: dict[str, Tensor], documents: Tensor | None = None, within: f
 
 
 def test_row_with_state():
-    """Chunks pass states to the right and their gradients to the left."""
-    compare(inputs(2, 21))
+    """Chunks pass states to the right and their gradients to the left, more of them than are read at once."""
+    compare(inputs(1, 37))
 
 
 @pytest.mark.parametrize("without", [{"initial_state"}, {"initial_state", "D"}])
