@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 LN_2 = tl.constexpr(math.log(2))
 CHANNELS = 32  # per program
-# Tokens per chunk, whole STEPS: between these as many as there are states, so one number is saved per token and channel.
+# Tokens per chunk, whole STEPS: between these N, so that one number is saved per token and channel.
 SHORTEST, LONGEST = 16, 64
 STEPS = tl.constexpr(4)  # tokens whose states backward holds in registers at once
 AHEAD = tl.constexpr(4)  # chunks whose states are read at once before they are passed on
