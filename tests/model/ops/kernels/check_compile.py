@@ -97,10 +97,8 @@ def test_with_everything(launches, call: Callable, names, dtype, capability):
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("call", "names", "size"), [(scan, SCAN, 8), (scan, SCAN, 16), (scan, SCAN, 64), (conv, CONV, 2), (conv, CONV, 4)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("call", "names", "size"), [(scan, SCAN, 16), (scan, SCAN, 64), (conv, CONV, 4)])
 def test_every_variant(launches, call: Callable, names, size, dtype, capability, full):
     call(dtype, full, size)
     compiles(launches, capability, names)
@@ -111,5 +109,5 @@ def test_every_variant(launches, call: Callable, names, size, dtype, capability,
 @pytest.mark.parametrize(("call", "names"), [(scan, SCAN), (conv, CONV)])
 def test_sizes_of_one(launches, call: Callable, names, sizes):
     """Triton makes a constant of a size that is 1: of one row, token or channel."""
-    call(torch.float32, True, 1, sizes)
+    call(torch.float16, True, 1, sizes)
     compiles(launches, 80, names)

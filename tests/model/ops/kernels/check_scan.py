@@ -93,9 +93,9 @@ def test_documents_that_continue_no_state():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("T", [2, 8, 9, 17])
 def test_lengths(T):
-    """A token, whole chunks, one token more or less; a boundary at every place."""
+    """Less than a chunk, a whole one, one token more; a boundary at every place."""
     compare(inputs(1, T))
     for first in range(1, T):
         compare(inputs(1, T), packed([first, T - first]))
