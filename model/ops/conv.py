@@ -26,6 +26,15 @@ declare(
         module="causal_conv1d",
         device="cuda",
     ),
+    Backend(
+        "triton",
+        _ALL,
+        HALVES | {torch.float32},
+        {"taps": range(1, 17)},
+        module="triton",
+        device="cuda",
+        capability=(8, 0),
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -69,6 +78,10 @@ def causal_conv(
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":
         y = _causal_conv1d(x, weight, bias, documents, state, activation)
+    elif name == "triton":
+        from model.ops.conv_triton import causal_conv_triton
+
+        y = causal_conv_triton(x, weight, bias, documents, state, activation)
     else:
         y = _CausalConv.apply(x, weight, bias, documents, state, activation == "silu")
     return y, _next_state(x, k, documents, state) if return_state else None
