@@ -41,10 +41,17 @@ def obstacle(config: ModelConfig) -> str | None:
 
 def _obstacle(layer: LayerConfig) -> str | None:
     if isinstance(layer, Mamba2Config):
+        if layer.d_ssm is not None:
+            return f"has a state space of {layer.d_ssm} channels beside a gated MLP; NemotronH's has all"
+        if not layer.norm or layer.norm_before_gate:
+            return "gates otherwise; NemotronH's Mamba-2 norms what is gated"
         return None if layer.dt_limit is None else f"limits its step to {list(layer.dt_limit)}"
     if isinstance(layer, AttentionConfig):
         if layer.window is not None:
             return f"has a window of {layer.window} tokens; NemotronH's attention sees all"
+        for key in ("qk_norm", "logit_cap", "scale", "qkv_conv"):
+            if value := getattr(layer, key):
+                return f"has {key} = {value}; NemotronH's attention has none"
         return None if layer.rope_theta is None else "has rotary positions; NemotronH's attention has none"
     if isinstance(layer, MLPConfig):
         if layer.gated:
