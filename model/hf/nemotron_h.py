@@ -1,7 +1,8 @@
 """Braids as Hugging Face's native NemotronH: Mamba-2, full attention without positions, squared-ReLU MLPs.
 
 What NemotronH's class (transformers, `models/nemotron_h`) cannot say: windows and rotary positions; gated MLPs and
-other activations; limits of the step (its decoding does not apply them); two shapes of one layer kind. It bounds the
+other activations; limits of the step (its decoding does not apply them); two shapes of one layer kind; parallel
+branches and shared weights. It bounds the
 step from below by `time_step_min` when it reads a prompt: `NO_LIMIT` switches that off. A stack without attention
 loads, and fails in `generate()`.
 """
@@ -27,8 +28,13 @@ def obstacle(config: ModelConfig) -> str | None:
     """What NemotronH cannot express, naming the layer; None when it can express all of it."""
     if not any(isinstance(layer, AttentionConfig) for layer in config.stacked):
         return "the stack has no attention layer, without which NemotronH cannot decode"
+    parallel = next((letters for letters in config.blocks if len(letters) > 1), None)
+    if parallel is not None:
+        return f"layers {', '.join(map(repr, parallel))} are parallel branches of one block; NemotronH has none"
+    if config.places != sorted(set(config.places)):
+        return f"the layers {config.shared!r} share their weights between places; NemotronH's do not"
     first: dict[str, tuple[str, LayerConfig]] = {}
-    for letter in dict.fromkeys(config.stack):
+    for letter in dict.fromkeys(config.blocks):
         layer = config.layers[letter]
         why = _obstacle(layer)
         if why is not None:

@@ -32,8 +32,9 @@ class AttentionConfig:
     window: tokens that a query sees, itself included, None for all of its document. rope_theta: base of the rotary
     embedding, None for no position encoding. rope_fraction: of the head dim, the first dimensions, that turn.
     rope_scaling: other frequencies for contexts longer than the trained one, None for none. qk_norm: RMSNorm over each
-    head of q and k before they turn (Qwen 3). logit_cap: bound c of the scores, c tanh(s / c) (Gemma 2). scale: of the scores, None for 1/sqrt(P). qkv_conv: taps of a causal depthwise convolution with SiLU
-    and no bias on q, k and v before all else, None for none (Samba's ablation, and its public code)."""
+    head of q and k before they turn (Qwen 3). logit_cap: bound c of the scores, c tanh(s / c) (Gemma 2).
+    scale: of the scores, None for 1/sqrt(P). qkv_conv: taps of a causal depthwise convolution with SiLU and no bias on
+    q, k and v before all else, None for none (Samba's ablation, and its public code)."""
 
     n_heads: int
     n_kv_heads: int | None = None

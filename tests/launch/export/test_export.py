@@ -15,11 +15,11 @@ from launch.runs import load_run
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.hf import nemotron_h
-from tests.launch.export.made import CORPUS, VOCABULARY, every_kind, make_run, nemotron_like, only, run_alone
+from tests.launch.export.made import CORPUS, VOCABULARY, composed, every_kind, make_run, nemotron_like, only, run_alone
 
 pytest.importorskip("transformers", reason="braid export needs transformers")
 
-PUBLISHED = {"braid": every_kind(), "nemotron_h": nemotron_like()}
+PUBLISHED = {"braid": composed(), "nemotron_h": nemotron_like()}
 
 
 def publish(run: Path, folder: Path, **changes: object):
@@ -186,6 +186,11 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys):
         ({"pattern": "*-c"}, "layer 'c' (mamba2) limits its step"),
         ({"pattern": "M-"}, "no attention layer"),
         ({"pattern": "M*a"}, "layers 'M' and 'a' are both mamba2 and differ"),
+        ({"pattern": "M*k"}, "layer 'k' (mamba2) has a state space of 32 channels"),
+        ({"pattern": "M*l"}, "layer 'l' (mamba2) gates otherwise"),
+        ({"pattern": "M*o"}, "layer 'o' (attention) has qk_norm = True"),
+        ({"pattern": "-[M*]"}, "layers 'M', '*' are parallel branches of one block"),
+        ({"pattern": "M*M*", "shared": "*"}, "the layers '*' share their weights"),
     ],
 )
 def test_what_nemotron_h_cannot_express_is_named(change: dict, why: str):
