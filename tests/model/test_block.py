@@ -15,6 +15,7 @@ from model.layers.attention import AttentionConfig
 from model.layers.base import Costs, Dims, VisibleKeys
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
+from model.ops.rope import YarnScaling
 from model.params import Table
 from tests.contracts.examples import shake, tokens_and_starts
 
@@ -22,13 +23,14 @@ LAYERS = {
     "M": Mamba2Config(head_dim=8, d_state=8, chunk=8),
     "*": AttentionConfig(n_heads=4, n_kv_heads=2, qkv_conv=3),
     "W": AttentionConfig(n_heads=4, window=5),
+    "Y": AttentionConfig(n_heads=4, rope_scaling=YarnScaling(2.0, original_length=8)),
     "-": MLPConfig(d_hidden=48),
 }
 COMPOSED = {
     "parallel": {"pattern": "([M*]-)x2"},
     "three branches": {"pattern": "[M*-]W[M*-]", "branch_gates": {"*": 0.15, "-": 0.5}},
     "shared": {"pattern": "MS-MS-MS", "shared": "S-", "layers": LAYERS | {"S": LAYERS["W"]}},
-    "both": {"pattern": "([MW]*)x2", "shared": "*", "branch_gates": {"M": 1.0}},
+    "both": {"pattern": "([MWY]*)x2", "shared": "*", "branch_gates": {"M": 1.0}},
 }
 compositions = pytest.mark.parametrize("values", COMPOSED.values(), ids=COMPOSED.keys())
 
@@ -237,6 +239,19 @@ def test_a_kind_with_its_own_residual_is_no_branch():
 
     with pytest.raises(ValueError, match="brings its own residual"):
         config(pattern="[M>]", layers=LAYERS | {">": Own()})
+
+
+def test_configs_from_before_composition_are_read():
+    """Breaks when a checkpoint saved without these options can no longer be resumed."""
+    plain = config(pattern="M*-")
+    values = json.loads(json.dumps(plain.to_dict()))
+    for older in ("shared", "branch_gates"):
+        del values[older]
+    for older in ("qk_norm", "logit_cap", "scale", "qkv_conv", "rope_fraction", "rope_scaling"):
+        del values["layers"]["W"][older]
+    for older in ("d_ssm", "norm", "norm_before_gate"):
+        del values["layers"]["M"][older]
+    assert ModelConfig.from_dict(values) == plain
 
 
 @compositions
