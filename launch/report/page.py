@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,11 @@ def _shade(letter: str, letters: Sequence[str], config: ModelConfig, kinds: Sequ
 
 
 def _describe(letter: str, config: ModelConfig) -> str:
+    """The kind, its whole numbers and words, and the switches that are not as usual."""
     values = config.to_dict()["layers"][letter]
-    plain = {k: v for k, v in values.items() if k != "kind" and isinstance(v, (int, str)) and v is not True}
+    usual = {field.name for field in fields(config.layers[letter]) if field.default is values[field.name]}
+    switches = {k for k, v in values.items() if isinstance(v, bool)}
+    plain = {k: v for k, v in values.items() if k not in {"kind", *(switches & usual)} and isinstance(v, (int, str))}
     return f"{values['kind']} ({', '.join(f'{k} {v}' for k, v in plain.items())})"
 
 
