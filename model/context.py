@@ -87,9 +87,9 @@ class Context:
     """Everything a layer may read besides `x` and its own state.
 
     documents: boundaries and positions. dtype: compute dtype of matmuls and convolutions. tokens: the token clock at
-    the start of the step. layer: index of the layer in the stack. noise: key of the step's randomness. embedding:
-    (B, T, D), the embedding's output, for kinds that read it. mesh: the collectives. carry: the caller wants the state
-    after the last token.
+    the start of the step. layer: index of the layer in the stack, parallel branches counted one by one. noise: key of
+    the step's randomness. embedding: (B, T, D), the embedding's output, for kinds that read it. mesh: the collectives.
+    carry: the caller wants the state after the last token.
     """
 
     documents: Documents

@@ -5,6 +5,7 @@ Legend: B batch rows, T tokens, D width, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.block import Blocks, Norm, add_losses, block_table, build_block
 from model.config import ModelConfig
 from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
-from model.layers.base import Dims, LayerKind, VisibleKeys, norm_spec
+from model.layers.base import VisibleKeys, norm_spec
 from model.ops.head import linear_cross_entropy
-from model.ops.norm import rms_norm
-from model.params import Normal, ParamSpec, Table, allocate, allocate_table, count_parameters, initialise, split_evenly
+from model.params import Normal, ParamSpec, Table, allocate, count_parameters, initialise, split_evenly
 
 VOCABULARY_MULTIPLE = 128
 
@@ -31,8 +32,8 @@ class Precision:
 
 
 class ModelState(NamedTuple):
-    """What decoding carries. layers: one state a layer (None for kinds without). position: (B,) int64, distance of the
-    next token from the start of its document."""
+    """What decoding carries. layers: one state a block (None for kinds without), of parallel branches a tuple of
+    theirs. position: (B,) int64, distance of the next token from the start of its document."""
 
     layers: tuple[Any, ...]
     position: Tensor
@@ -44,7 +45,8 @@ class ModelState(NamedTuple):
 
 class ModelOutput(NamedTuple):
     """nll: (B, T) float32, 0 where nothing is predicted; None without targets. logits: (B, T or 1, V) float32; None
-    with targets. state: when asked for. losses: auxiliary losses, summed over layers. metrics: per layer."""
+    with targets. state: when asked for. losses: auxiliary losses, summed over layers. metrics: per block, named
+    `layers.0.NAME`, of parallel branches `layers.0.branches.0.NAME`."""
 
     nll: Tensor | None
     logits: Tensor | None
@@ -60,35 +62,6 @@ class Hidden(NamedTuple):
     state: ModelState | None
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
-
-
-class Norm(nn.Module):
-    """RMSNorm with float32 statistics."""
-
-    weight: nn.Parameter
-
-    def __init__(self, dims: Dims, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.eps = dims.norm_eps
-        allocate_table(self, {"weight": norm_spec(dims.d_model)}, device)
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, dtype=dtype)
-
-
-class Block(nn.Module):
-    """`x + layer(norm(x))`, or the layer alone for kinds that bring their own residual."""
-
-    def __init__(self, kind: LayerKind, dims: Dims, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.norm = Norm(dims, device) if kind.residual == "add" else None
-        self.mixer = kind.build(dims, device)
-
-    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> LayerOutput:
-        if self.norm is None:
-            return self.mixer(x, ctx=ctx, state=state)
-        out = self.mixer(self.norm(x, dtype=ctx.dtype), ctx=ctx, state=state)
-        return out._replace(y=x + out.y)
 
 
 class Embedding(nn.Module):
@@ -128,10 +101,9 @@ def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
     """Every parameter of the model by its logical name, in the order of the forward pass."""
     dims = config.dims
     table = {"embedding.weight": vocabulary_spec(config)}
-    for index, layer in enumerate(config.stacked):
-        if layer.residual == "add":
-            table[f"blocks.{index}.norm.weight"] = norm_spec(config.d_model)
-        table |= {f"blocks.{index}.mixer.{name}": spec for name, spec in layer.table(dims).items()}
+    for place in dict.fromkeys(config.places):
+        block = block_table(*config.block(place), dims)
+        table |= {f"blocks.{place}.{name}": spec for name, spec in block.items()}
     table["norm.weight"] = norm_spec(config.d_model)
     if not config.tie_embeddings:
         table["head.weight"] = vocabulary_spec(config)
@@ -171,7 +143,9 @@ class HybridLM(nn.Module):
         self.config, self.precision, self.recompute = config, precision, recompute
         self.mesh = mesh or SingleProcess()
         self.embedding = Embedding()
-        self.blocks = nn.ModuleList(Block(layer, config.dims, device) for layer in config.stacked)
+        blocks = {i: build_block(*config.block(i), config.dims, device) for i in dict.fromkeys(config.places)}
+        self.blocks = Blocks(blocks, config.places)
+        self.first_layer = [0, *accumulate(map(len, config.blocks))]
         self.norm = Norm(config.dims, device)
         self.head = Head(config.vocab_size)
         self.embedding.weight = allocate(vocabulary_spec(config), device)
@@ -229,10 +203,10 @@ class HybridLM(nn.Module):
         metrics: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            out = self._run(block, x, ctx.at(index), before)
+            out = self._run(block, x, ctx.at(self.first_layer[index]), before)
             x = out.y
             states.append(out.state)
-            losses = _add_losses(losses, out.losses)
+            losses = add_losses(losses, out.losses)
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
         x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
@@ -252,12 +226,6 @@ def _rows(state: Any, chosen: Tensor) -> Any:
         return state[chosen]
     parts = [_rows(part, chosen) for part in state]
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-
-
-def _add_losses(total: dict[str, Tensor], more: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    for name, value in (more or {}).items():
-        total = total | {name: total[name] + value if name in total else value}
-    return total
 
 
 def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = None) -> None:

@@ -1,12 +1,14 @@
 """The pattern language: a whole stack of layers as one line.
 
-A pattern is a row of letters, each naming a layer of the recipe, with groups and repeats: `"(M-W-)x12"`. Spaces are
-ignored. `"ratio(56, M, *=0.07, -=0.5)"` generates a pattern instead: 56 layers of which 7% are `*` and 50% are `-`,
-placed as in the empirical study of Mamba-based language models (arXiv 2406.07887) and its public code.
+A pattern is a row of letters, each naming a layer of the recipe, with groups and repeats: `"(M-W-)x12"`. Letters in
+brackets are the parallel branches of one block, which read the same normalised input and are added to the residual
+together: `"([M*]-)x44"`. Spaces are ignored. `"ratio(56, M, *=0.07, -=0.5)"` generates a pattern instead: 56 layers of
+which 7% are `*` and 50% are `-`, placed as in the empirical study of Mamba-based language models (arXiv 2406.07887) and
+its public code.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 MAX_LAYERS = 10_000
 _RESERVED = "()[]{}=, "
@@ -21,13 +23,14 @@ class PatternError(ValueError):
         self.at = at
 
 
-def expand(pattern: str, letters: Collection[str]) -> str:
-    """The stack as one letter a layer, e.g. `expand("(M-)x2*", "M-*") == "M-M-*"`.
+def expand(pattern: str, letters: Collection[str], alone: Collection[str] = ()) -> tuple[str, ...]:
+    """The stack as one string a block, e.g. `expand("(M-)x2[M*]", "M-*") == ("M", "-", "M", "-", "M*")`.
 
-    letters: the letters that the recipe names. Raises PatternError at the first character that does not fit.
+    letters: the letters that the recipe names. alone: those of them that cannot be branches, because they bring their
+    own residual. Raises PatternError at the first character that does not fit.
     """
     if pattern.lstrip().startswith("ratio("):
-        return _expand_ratio(pattern, letters)
+        return tuple(_expand_ratio(pattern, letters))
     stack: list[tuple[list[str], int]] = []
     layers: list[str] = []
     at = 0
@@ -46,6 +49,14 @@ def expand(pattern: str, letters: Collection[str]) -> str:
             if count * len(layers) > MAX_LAYERS:
                 raise PatternError(pattern, at, f"more than {MAX_LAYERS} layers")
             layers = outer + layers * count
+        elif char == "[":
+            branches, at = _branches(pattern, at, letters, alone)
+            count, at = _repeat(pattern, at)
+            if count > MAX_LAYERS:
+                raise PatternError(pattern, at, f"more than {MAX_LAYERS} layers")
+            layers += [branches] * count
+        elif char == "]":
+            raise PatternError(pattern, at, "closes brackets that were never opened")
         elif char in letters:
             layers.append(char)
         elif not char.isspace():
@@ -55,11 +66,37 @@ def expand(pattern: str, letters: Collection[str]) -> str:
         raise PatternError(pattern, stack[-1][1], "this group is never closed")
     if not layers:
         raise PatternError(pattern, 0, "names no layer")
-    return "".join(layers)
+    return tuple(layers)
+
+
+def show(blocks: Iterable[str]) -> str:
+    """One line for a stack: the inverse of `expand`, without groups."""
+    return "".join(letters if len(letters) == 1 else f"[{letters}]" for letters in blocks)
+
+
+def _branches(pattern: str, start: int, letters: Collection[str], alone: Collection[str]) -> tuple[str, int]:
+    """Reads the brackets that open at `start`; returns (the letters in them, index of the closing bracket)."""
+    found = ""
+    for at in range(start + 1, len(pattern)):
+        char = pattern[at]
+        if char == "]" and len(found) < 2:
+            what = "one letter needs no brackets" if found else "the brackets are empty"
+            raise PatternError(pattern, at, what)
+        if char == "]":
+            return found, at
+        if char in "([)":
+            raise PatternError(pattern, at, "brackets hold letters only, no groups and no brackets")
+        if char in alone:
+            raise PatternError(pattern, at, "this layer brings its own residual and cannot stand in brackets")
+        if char in letters:
+            found += char
+        elif not char.isspace():
+            raise PatternError(pattern, at, f"unknown letter; the recipe names {_names(letters)}")
+    raise PatternError(pattern, start, "these brackets are never closed")
 
 
 def _repeat(pattern: str, at: int) -> tuple[int, int]:
-    """Reads the `xN` that may follow the group closed at `at`; returns (N, index of the last character read)."""
+    """Reads the `xN` that may follow what is closed at `at`; returns (N, index of the last character read)."""
     match = re.compile(r"\s*x\s*(\d*)").match(pattern, at + 1)
     if match is None:
         return 1, at

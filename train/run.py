@@ -4,7 +4,6 @@ Order matters: the mesh first (every later step may have to agree across ranks),
 the weights before the engine partitions them, the checkpoint after it.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from data.files import write_durably
 from data.prepare import PreparedData, open_prepared
 from data.stream import BatchStream
 from eval.perplexity import Perplexity
+from model.config import ModelConfig
 from model.hybrid import HybridLM, initialise_model, parameter_count
 from model.ops.backend import chosen, request
 from model.weights.reader import Checkpoint
@@ -271,12 +271,13 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
 def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: BatchStream, spikes: Spikes) -> Clock:
     """Restores everything from the checkpoint; refuses a recipe of another model or other data. (There is no random
     state to restore: noise is a function of seed, step, layer and sample.)"""
-    saved, ours = checkpoint.extra["model"], json.loads(json.dumps(recipe.model.to_dict()))
-    differing = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
+    # Read and written anew: a checkpoint from before an option existed was made without it.
+    saved, ours = ModelConfig.from_dict(checkpoint.extra["model"]).to_dict(), recipe.model.to_dict()
+    differing = sorted(key for key in ours if saved[key] != ours[key])
     if differing:
         key = differing[0]
         raise ValueError(
-            f"model.{key}: got {ours.get(key)}, but {checkpoint.folder} was saved with {saved.get(key)}; "
+            f"model.{key}: got {ours[key]}, but {checkpoint.folder} was saved with {saved[key]}; "
             "wants the saved model, or another name for the run"
         )
     stream.load_state_dict(checkpoint.extra["stream"])

@@ -94,10 +94,15 @@ def card(
 
 def _layers(config: ModelConfig) -> str:
     rows = ["| letter | layers | kind | settings |", "|---|---|---|---|"]
-    for letter in dict.fromkeys(config.stack):
+    stacked = "".join(config.blocks)
+    for letter in dict.fromkeys(stacked):
         values = config.to_dict()["layers"][letter]
         settings = ", ".join(f"{key} {value}" for key, value in values.items() if key != "kind" and value is not None)
-        rows.append(f"| `{letter}` | {config.stack.count(letter)} | {values['kind']} | {settings} |")
+        if letter in config.shared:
+            settings += ", one set of weights at all its places"
+        if letter in config.branch_gates:
+            settings += ", with a learned gate"
+        rows.append(f"| `{letter}` | {stacked.count(letter)} | {values['kind']} | {settings} |")
     return "\n".join(rows)
 
 

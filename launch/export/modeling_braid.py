@@ -40,7 +40,7 @@ class BraidForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = BraidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block", "ParallelBlock"]
     _is_stateful = True
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
 
@@ -131,13 +131,16 @@ class BraidForCausalLM(PreTrainedModel, GenerationMixin):
         return result if return_dict in (None, True) else result.to_tuple()
 
     def _record(self, hidden: list[Tensor]) -> list[Any]:
-        """Hooks that collect the embedding, the residual stream after each block but the last, and the final norm."""
+        """Hooks that collect what each block reads, and what the head reads. (A shared block runs more than once.)"""
 
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden.append(output if isinstance(output, Tensor) else output.y)
+        def reads(module: nn.Module, inputs: Any) -> None:
+            hidden.append(inputs[0])
 
-        modules = [self.model.embedding, *list(self.model.blocks)[:-1], self.model.norm]
-        return [module.register_forward_hook(keep) for module in modules]
+        def gives(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            hidden.append(output)
+
+        hooks = [block.register_forward_pre_hook(reads) for block in dict.fromkeys(self.model.blocks)]
+        return [*hooks, self.model.norm.register_forward_hook(gives)]
 
 
 def _starts(ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: BraidCache | None) -> Tensor:

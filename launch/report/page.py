@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -122,18 +123,23 @@ def short(number: float) -> str:
 
 
 def strip(config: ModelConfig) -> str:
-    """The braid as a row of coloured cells, one a layer, with a legend."""
+    """The braid as a row of coloured cells, one a layer and parallel ones above each other, with a legend."""
     kinds = sorted({layer.kind for layer in config.layers.values()})
-    letters = list(dict.fromkeys(config.stack))
+    stacked = "".join(config.blocks)
+    letters = list(dict.fromkeys(stacked))
     shades = {letter: _shade(letter, letters, config, kinds) for letter in letters}
-    cells = "".join(
-        f'<b style="background:{shades[letter]}" title="layer {index}: {escape(_describe(letter, config))}">'
-        f"{escape(letter)}</b>"
-        for index, letter in enumerate(config.stack)
-    )
+
+    def cell(index: int, letter: str) -> str:
+        title = f"layer {index}: {escape(_describe(letter, config))}"
+        return f'<b style="background:{shades[letter]}" title="{title}">{escape(letter)}</b>'
+
+    cells = ""
+    for index, parallel in enumerate(config.blocks):
+        cell_or_more = "".join(cell(index, letter) for letter in parallel)
+        cells += cell_or_more if len(parallel) == 1 else f"<span>{cell_or_more}</span>"
     legend = "".join(
-        f'<li><b style="background:{shades[letter]}">{escape(letter)}</b>{config.stack.count(letter)} × '
-        f"{escape(_describe(letter, config))}</li>"
+        f'<li><b style="background:{shades[letter]}">{escape(letter)}</b>{stacked.count(letter)} × '
+        f"{escape(_describe(letter, config))}{', one set of weights' if letter in config.shared else ''}</li>"
         for letter in letters
     )
     return f'<div class="strip">{cells}</div><ul class="legend">{legend}</ul>'
@@ -148,8 +154,11 @@ def _shade(letter: str, letters: Sequence[str], config: ModelConfig, kinds: Sequ
 
 
 def _describe(letter: str, config: ModelConfig) -> str:
+    """The kind, its whole numbers and words, and the switches that are not as usual."""
     values = config.to_dict()["layers"][letter]
-    plain = {k: v for k, v in values.items() if k != "kind" and isinstance(v, (int, str)) and v is not True}
+    usual = {field.name for field in fields(config.layers[letter]) if field.default is values[field.name]}
+    switches = {k for k, v in values.items() if isinstance(v, bool)}
+    plain = {k: v for k, v in values.items() if k not in {"kind", *(switches & usual)} and isinstance(v, (int, str))}
     return f"{values['kind']} ({', '.join(f'{k} {v}' for k, v in plain.items())})"
 
 

@@ -1,7 +1,8 @@
 """Braids as Hugging Face's native NemotronH: Mamba-2, full attention without positions, squared-ReLU MLPs.
 
 What NemotronH's class (transformers, `models/nemotron_h`) cannot say: windows and rotary positions; gated MLPs and
-other activations; limits of the step (its decoding does not apply them); two shapes of one layer kind. It bounds the
+other activations; limits of the step (its decoding does not apply them); two shapes of one layer kind; parallel
+branches and shared weights. It bounds the
 step from below by `time_step_min` when it reads a prompt: `NO_LIMIT` switches that off. A stack without attention
 loads, and fails in `generate()`.
 """
@@ -27,8 +28,13 @@ def obstacle(config: ModelConfig) -> str | None:
     """What NemotronH cannot express, naming the layer; None when it can express all of it."""
     if not any(isinstance(layer, AttentionConfig) for layer in config.stacked):
         return "the stack has no attention layer, without which NemotronH cannot decode"
+    parallel = next((letters for letters in config.blocks if len(letters) > 1), None)
+    if parallel is not None:
+        return f"layers {', '.join(map(repr, parallel))} are parallel branches of one block; NemotronH has none"
+    if config.places != sorted(set(config.places)):
+        return f"the layers {config.shared!r} share their weights between places; NemotronH's do not"
     first: dict[str, tuple[str, LayerConfig]] = {}
-    for letter in dict.fromkeys(config.stack):
+    for letter in dict.fromkeys(config.blocks):
         layer = config.layers[letter]
         why = _obstacle(layer)
         if why is not None:
@@ -41,10 +47,17 @@ def obstacle(config: ModelConfig) -> str | None:
 
 def _obstacle(layer: LayerConfig) -> str | None:
     if isinstance(layer, Mamba2Config):
+        if layer.d_ssm is not None:
+            return f"has a state space of {layer.d_ssm} channels beside a gated MLP; NemotronH's has all"
+        if not layer.norm or layer.norm_before_gate:
+            return "gates otherwise; NemotronH's Mamba-2 norms what is gated"
         return None if layer.dt_limit is None else f"limits its step to {list(layer.dt_limit)}"
     if isinstance(layer, AttentionConfig):
         if layer.window is not None:
             return f"has a window of {layer.window} tokens; NemotronH's attention sees all"
+        for key in ("qk_norm", "logit_cap", "scale", "qkv_conv"):
+            if value := getattr(layer, key):
+                return f"has {key} = {value}; NemotronH's attention has none"
         return None if layer.rope_theta is None else "has rotary positions; NemotronH's attention has none"
     if isinstance(layer, MLPConfig):
         if layer.gated:

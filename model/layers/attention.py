@@ -1,11 +1,16 @@
 """Causal self-attention: full or sliding-window, grouped key/value heads, rotary positions or none.
 
+    q, k, v = qkv(x);  q, k, v = silu(conv(q, k, v));  q, k = RMSNorm(q), RMSNorm(k);  q, k = rotary(q), rotary(k)
+    y = out(attention(q, k, v))              (convolution, norms and rotation where the config wants them)
+
 The window counts the current token: a query at position t sees keys t-window+1 ... t of its own document (Samba,
 arXiv 2406.07522, appendix and code). Rotary embedding (arXiv 2104.09864) is computed in float32.
 
-Legend: B batch rows, T tokens, D width, H query heads, K key/value heads, P head dim, L cached tokens.
+Legend: B batch rows, T tokens, D width, H query heads, K key/value heads, P head dim, L cached tokens, k convolution
+taps.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -13,22 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_spec, require
+from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
 from model.ops.attention import Past, attention, rotary
-from model.params import Block, ParamSpec, Split, Table, allocate_table, split_evenly
+from model.ops.conv import causal_conv
+from model.ops.norm import rms_norm
+from model.ops.rope import NTKScaling, RopeScaling
+from model.params import Block, ParamSpec, Split, Table, Uniform, allocate_table, split_evenly
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """n_heads: query heads. n_kv_heads: key/value heads, None for as many. head_dim: None for d_model / n_heads.
     window: tokens that a query sees, itself included, None for all of its document. rope_theta: base of the rotary
-    embedding, None for no position encoding."""
+    embedding, None for no position encoding. rope_fraction: of the head dim, the first dimensions, that turn.
+    rope_scaling: other frequencies for contexts longer than the trained one, None for none. qk_norm: RMSNorm over each
+    head of q and k before they turn (Qwen 3). logit_cap: bound c of the scores, c tanh(s / c) (Gemma 2).
+    scale: of the scores, None for 1/sqrt(P). qkv_conv: taps of a causal depthwise convolution with SiLU and no bias on
+    q, k and v before all else, None for none (Samba's ablation, and its public code)."""
 
     n_heads: int
     n_kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
     rope_theta: float | None = 10_000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False
+    logit_cap: float | None = None
+    scale: float | None = None
+    qkv_conv: int | None = None
     kind: Literal["attention"] = "attention"
     residual: ClassVar[str] = "add"
 
@@ -39,6 +57,10 @@ class AttentionConfig:
     def width(self, d_model: int) -> int:
         """Head dim P."""
         return d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    def turned(self, d_model: int) -> int:
+        """How many dimensions of a head turn under rope."""
+        return round(self.rope_fraction * self.width(d_model))
 
     def check(self, d_model: int) -> None:
         require(self.n_heads > 0, "n_heads", self.n_heads, "a positive number")
@@ -52,9 +74,28 @@ class AttentionConfig:
         )
         require(self.width(d_model) > 0, "head_dim", self.head_dim, "a positive number")
         require(self.window is None or self.window > 0, "window", self.window, "a positive number of tokens, or none")
-        if self.rope_theta is not None:
-            require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive base, or none")
-            require(self.width(d_model) % 2 == 0, "head_dim", self.width(d_model), "an even size under rope")
+        for key in ("logit_cap", "scale", "qkv_conv"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, value, "a positive number, or none")
+        self._check_rope(self.width(d_model))
+
+    def _check_rope(self, P: int) -> None:
+        scaling = self.rope_scaling
+        if self.rope_theta is None:
+            require(scaling is None, "rope_scaling", scaling, "none without rope (rope_theta is none)")
+            require(self.rope_fraction == 1, "rope_fraction", self.rope_fraction, "1 without rope (rope_theta is none)")
+            return
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive base, or none")
+        require(P % 2 == 0, "head_dim", P, "an even size under rope")
+        require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "a number above 0, at most 1")
+        exact = self.rope_fraction * P
+        even = round(exact) % 2 == 0 and round(exact) > 0 and abs(exact - round(exact)) < 1e-6 * P
+        wants = f"an even number of the {P} dimensions of a head, not {exact:g}"
+        require(even, "rope_fraction", self.rope_fraction, wants)
+        if scaling is not None:
+            require(self.rope_theta > 1, "rope_theta", self.rope_theta, "more than 1 under rope_scaling")
+            slowest = round(exact) > 2 or not isinstance(scaling, NTKScaling)
+            require(slowest, "rope_scaling.kind", scaling.kind, "more than 2 dimensions that turn")
 
     def table(self, dims: Dims) -> Table:
         P, H, K = self.width(dims.d_model), self.n_heads, self.kv_heads
@@ -64,20 +105,26 @@ class AttentionConfig:
             Block("k", K * P, shared),
             Block("v", K * P, shared),
         )
-        return {
-            "qkv.weight": ParamSpec(((H + 2 * K) * P, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),
-            "out.weight": projection_spec(dims, dims.d_model, H * P, output=True, split=split_evenly(1, H)),
-        }
+        table = {"qkv.weight": ParamSpec(((H + 2 * K) * P, dims.d_model), dims.matrix(dims.d_model), blocks=blocks)}
+        if self.qkv_conv is not None:
+            tap, shape = 1 / math.sqrt(self.qkv_conv), ((H + 2 * K) * P, self.qkv_conv)
+            table["conv_weight"] = ParamSpec(shape, Uniform(-tap, tap), blocks=blocks, update="convolution")
+        if self.qk_norm:
+            table |= {"q_norm_weight": norm_spec(P), "k_norm_weight": norm_spec(P)}
+        table["out.weight"] = projection_spec(dims, dims.d_model, H * P, output=True, split=split_evenly(1, H))
+        return table
 
     def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
         P, H, K = self.width(dims.d_model), self.n_heads, self.kv_heads
         projections = 2 * dims.d_model * P * (2 * H + 2 * K)
         cached = length if self.window is None else min(length, self.window - 1)
+        taps, convolved = self.qkv_conv or 1, P * (H + 2 * K) if self.qkv_conv is not None else 0
+        normed = P * (H + K) if self.qk_norm else 0
         return Costs(
-            flops=projections + 4 * keys(self.window) * H * P,
-            saved_compute=dims.d_model + P * (3 * H + 2 * K),
-            saved_float32=H,
-            state_bytes=2 * 2 * cached * K * P,
+            flops=projections + 2 * taps * convolved + 4 * keys(self.window) * H * P,
+            saved_compute=dims.d_model + P * (3 * H + 2 * K) + convolved + normed,
+            saved_float32=H + (H + K if self.qk_norm else 0),
+            state_bytes=2 * 2 * cached * K * P + 2 * (taps - 1) * convolved,
         )
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
@@ -86,46 +133,68 @@ class AttentionConfig:
 
 class AttentionState(NamedTuple):
     """k, v: (B, L, K, P), the newest token last; with a window, L never exceeds window - 1. length: (B,) int64, how
-    many of them belong to the row's current document."""
+    many of them belong to the row's current document. conv: (B, k-1, (H + 2K) P), the last inputs of the
+    convolution, None without one."""
 
     k: Tensor
     v: Tensor
     length: Tensor
+    conv: Tensor | None = None
 
 
 class Attention(nn.Module):
+    conv_weight: nn.Parameter
+    q_norm_weight: nn.Parameter
+    k_norm_weight: nn.Parameter
+
     def __init__(self, config: AttentionConfig, dims: Dims, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.eps = config, dims.norm_eps
         P = config.width(dims.d_model)
         self.sizes = [config.n_heads, config.kv_heads, config.kv_heads]
-        self.head_dim = P
+        self.head_dim, self.turned = P, config.turned(dims.d_model)
         self.qkv, self.out = Projection(), Projection()
         allocate_table(self, config.table(dims), device)
 
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None = None) -> LayerOutput:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.sizes, dim=2)
-        if self.config.rope_theta is not None:
-            q = rotary(q, ctx.documents.positions, self.config.rope_theta)
-            k = rotary(k, ctx.documents.positions, self.config.rope_theta)
-        past = None if state is None else Past(state.k, state.v, state.length)
-        packed = not ctx.documents.single
+        cfg, packed = self.config, not ctx.documents.single
+        documents = ctx.documents.index if packed or state is not None else None
+        qkv, conv = self.qkv(x), None
+        if cfg.qkv_conv is not None:
+            qkv, conv = causal_conv(
+                qkv,
+                self.conv_weight,
+                None,
+                documents=documents,
+                state=None if state is None else state.conv,
+                activation="silu",
+                return_state=ctx.carry,
+            )
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=2)
+        if cfg.qk_norm:
+            q, k = rms_norm(q, self.q_norm_weight, self.eps), rms_norm(k, self.k_norm_weight, self.eps)
+        if cfg.rope_theta is not None:
+            turn = (ctx.documents.positions, cfg.rope_theta, self.turned, cfg.rope_scaling)
+            q, k = rotary(q, *turn), rotary(k, *turn)
         y = attention(
             q,
             k,
             v,
-            window=self.config.window,
-            documents=ctx.documents.index if packed or past is not None else None,
-            bounds=ctx.documents.bounds if packed and past is None else None,
-            past=past,
+            window=cfg.window,
+            documents=documents,
+            bounds=ctx.documents.bounds if packed and state is None else None,
+            scale=cfg.scale,
+            cap=cfg.logit_cap,
+            past=None if state is None else Past(state.k, state.v, state.length),
         )
-        return LayerOutput(self.out(y.flatten(2)), self._next_state(k, v, ctx, state) if ctx.carry else None)
+        return LayerOutput(self.out(y.flatten(2)), self._next_state(k, v, conv, ctx, state) if ctx.carry else None)
 
-    def _next_state(self, k: Tensor, v: Tensor, ctx: Context, state: AttentionState | None) -> AttentionState:
+    def _next_state(
+        self, k: Tensor, v: Tensor, conv: Tensor | None, ctx: Context, state: AttentionState | None
+    ) -> AttentionState:
         seen = ctx.documents.positions[:, -1] + 1
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
         keep = k.shape[1] if self.config.window is None else min(k.shape[1], self.config.window - 1)
         first = k.shape[1] - keep
-        return AttentionState(k[:, first:].contiguous(), v[:, first:].contiguous(), seen.clamp(max=keep))
+        return AttentionState(k[:, first:].contiguous(), v[:, first:].contiguous(), seen.clamp(max=keep), conv)

@@ -22,9 +22,9 @@ VisibleKeys = Callable[[int | None], float]
 class Dims:
     """What the stack tells a layer kind about itself.
 
-    d_model: width. n_residuals: number of layers that add to the residual stream. init_std: standard deviation of
-    initial matrices, None for uniform in ±1/sqrt(fan_in). rescale_outputs: divide the initial output projections by
-    sqrt(n_residuals). norm_eps: epsilon of every norm.
+    d_model: width. n_residuals: number of layers that add to the residual stream, parallel branches counted one by
+    one. init_std: standard deviation of initial matrices, None for uniform in ±1/sqrt(fan_in). rescale_outputs: divide
+    the initial output projections by sqrt(n_residuals). norm_eps: epsilon of every norm.
     """
 
     d_model: int

@@ -3,13 +3,19 @@
     z, x, B, C, dt = in_proj(u);  x, B, C = silu(conv(x, B, C));  dt = softplus(dt + dt_bias);  A = -exp(A_log)
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t;  y_t = S_t C_t + D x_t;  out = out_proj(RMSNorm(y * silu(z)))
 
-Layout and defaults follow section 7 of the paper and the public `mamba_ssm` Mamba2 module.
+Layout and defaults follow section 7 of the paper and the public `mamba_ssm` Mamba2 module, also where the state space
+has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
-Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P inner width, k convolution taps.
+    z0, x0, z, x, B, C, dt = in_proj(u);  out = mlp_out(silu(z0) * x0) + out_proj(...)
+
+(`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
+
+Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
+the MLP, k convolution taps.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,7 +25,7 @@ from torch import Tensor, nn
 from model.context import Context, LayerOutput
 from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
 from model.ops.conv import causal_conv
-from model.ops.norm import gated_rms_norm
+from model.ops.norm import gated_rms_norm, swiglu
 from model.ops.ssd import ssd
 from model.params import (
     Block,
@@ -39,7 +45,8 @@ class Mamba2Config:
     """expand: inner width as a multiple of d_model. head_dim: P. d_state: N. n_groups: G, groups of heads that share B
     and C. d_conv: taps of the causal convolution. chunk: tokens per chunk of the scan (a matter of speed alone).
     dt_min, dt_max, dt_floor: range of the initial step. dt_limit: bounds of the step at run time, None for
-    none. A_range: range of the initial -A."""
+    none. A_range: range of the initial -A. d_ssm: inner channels of the state space, None for all; the rest is a gated
+    MLP. norm: False for y * silu(z) without norm (Falcon-H1). norm_before_gate: RMSNorm(y) * silu(z)."""
 
     expand: float = 2.0
     head_dim: int = 64
@@ -53,38 +60,56 @@ class Mamba2Config:
     dt_floor: float = 1e-4
     dt_limit: tuple[float, float] | None = None
     A_range: tuple[float, float] = (1.0, 16.0)
+    d_ssm: int | None = None
+    norm: bool = True
+    norm_before_gate: bool = False
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
 
+    def ssm_width(self, d_model: int) -> int:
+        """Inner channels of the state space, I."""
+        return self.d_inner(d_model) if self.d_ssm is None else self.d_ssm
+
+    def mlp_width(self, d_model: int) -> int:
+        """Inner channels of the gated MLP beside it, F."""
+        return self.d_inner(d_model) - self.ssm_width(d_model)
+
     def n_heads(self, d_model: int) -> int:
-        return self.d_inner(d_model) // self.head_dim
+        return self.ssm_width(d_model) // self.head_dim
 
     def check(self, d_model: int) -> None:
-        inner = self.d_inner(d_model)
+        inner, ssm = self.d_inner(d_model), self.ssm_width(d_model)
         for key in ("expand", "head_dim", "d_state", "n_groups", "d_conv", "chunk", "dt_min", "dt_floor"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
         require(inner == self.expand * d_model, "expand", self.expand, f"a multiple that makes d_model={d_model} whole")
-        require(inner % self.head_dim == 0, "head_dim", self.head_dim, f"a divisor of the inner width {inner}")
+        require(0 < ssm <= inner, "d_ssm", self.d_ssm, f"a number from 1 to the inner width {inner}, or none")
+        name = "the inner width" if self.d_ssm is None else "d_ssm"
+        require(ssm % self.head_dim == 0, "head_dim", self.head_dim, f"a divisor of {name} {ssm}")
         heads = self.n_heads(d_model)
         require(heads % self.n_groups == 0, "n_groups", self.n_groups, f"a divisor of the {heads} heads")
         require(self.dt_min <= self.dt_max, "dt_max", self.dt_max, f"at least dt_min={self.dt_min}")
         if self.dt_limit is not None:
             low, high = self.dt_limit
             require(0 <= low < high, "dt_limit", list(self.dt_limit), "0 <= low < high, or none")
+        ok = self.norm or not self.norm_before_gate
+        require(ok, "norm_before_gate", self.norm_before_gate, "false where norm is false")
         require(0 < self.A_range[0] <= self.A_range[1], "A_range", list(self.A_range), "0 < low <= high")
 
     def table(self, dims: Dims) -> Table:
-        inner, H, G, N = self.d_inner(dims.d_model), self.n_heads(dims.d_model), self.n_groups, self.d_state
+        inner, H, G, N = self.ssm_width(dims.d_model), self.n_heads(dims.d_model), self.n_groups, self.d_state
         heads, shared = split_evenly(0, H), Split(0, units=G, leaders=H)
         xBC = (Block("x", inner, heads), Block("B", G * N, shared), Block("C", G * N, shared))
         width = inner + 2 * G * N
-        blocks = (Block("z", inner, heads), *xBC, Block("dt", H, heads))
+        E = self.mlp_width(dims.d_model)
+        mlp = (Block("z0", E, split_evenly(0, E)), Block("x0", E, split_evenly(0, E))) if E else ()
+        blocks = (*mlp, Block("z", inner, heads), *xBC, Block("dt", H, heads))
+        rows = 2 * E + inner + width + H
         tap = 1 / math.sqrt(self.d_conv)
         table = {
-            "in_proj.weight": ParamSpec((inner + width + H, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),
+            "in_proj.weight": ParamSpec((rows, dims.d_model), dims.matrix(dims.d_model), blocks=blocks),
             "conv_weight": ParamSpec((width, self.d_conv), Uniform(-tap, tap), blocks=xBC, update="convolution"),
             "conv_bias": ParamSpec((width,), Uniform(-tap, tap), blocks=xBC, decay=False, update="vector"),
             "dt_bias": ParamSpec(
@@ -101,16 +126,22 @@ class Mamba2Config:
         }
         if not self.conv_bias:
             del table["conv_bias"]
+        if not self.norm:
+            del table["norm_weight"]
+        if E:
+            output = dims.matrix(inner + E, output=True)
+            table["out_proj.weight"] = replace(table["out_proj.weight"], init=output)
+            table["mlp_out.weight"] = ParamSpec((dims.d_model, E), output, split=split_evenly(1, E))
         return table
 
     def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
-        inner, H, GN = self.d_inner(dims.d_model), self.n_heads(dims.d_model), self.n_groups * self.d_state
-        width = inner + 2 * GN
-        projections = 2 * dims.d_model * (inner + width + H) + 2 * inner * dims.d_model
+        inner, H, GN = self.ssm_width(dims.d_model), self.n_heads(dims.d_model), self.n_groups * self.d_state
+        width, E = inner + 2 * GN, self.mlp_width(dims.d_model)
+        projections = 2 * dims.d_model * (inner + width + H) + 2 * inner * dims.d_model + 6 * E * dims.d_model
         chunk_states = inner * self.d_state / self.chunk
         return Costs(
             flops=projections + 2 * self.d_conv * width + 5 * inner * self.d_state,
-            saved_compute=dims.d_model + 2 * inner + 2 * width + inner,
+            saved_compute=dims.d_model + 2 * inner + 2 * width + inner + 3 * E,
             saved_float32=2 * H + chunk_states,
             state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
         )
@@ -132,22 +163,24 @@ class Mamba2(nn.Module):
     dt_bias: nn.Parameter
     A_log: nn.Parameter
     D: nn.Parameter
-    norm_weight: nn.Parameter
+    norm_weight: nn.Parameter | None
 
     def __init__(self, config: Mamba2Config, dims: Dims, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.eps = config, dims.norm_eps
-        inner, GN = config.d_inner(dims.d_model), config.n_groups * config.d_state
-        self.sizes = [inner, inner + 2 * GN, config.n_heads(dims.d_model)]
+        inner, GN, E = config.ssm_width(dims.d_model), config.n_groups * config.d_state, config.mlp_width(dims.d_model)
+        self.sizes = [*([E, E] if E else []), inner, inner + 2 * GN, config.n_heads(dims.d_model)]
         self.conv_sizes = [inner, GN, GN]
         self.in_proj, self.out_proj = Projection(), Projection()
+        self.mlp_out = Projection() if E else None
         self.register_parameter("conv_bias", None)
+        self.register_parameter("norm_weight", None)
         allocate_table(self, config.table(dims), device)
 
     def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
         cfg = self.config
         documents = None if ctx.documents.single and state is None else ctx.documents.index
-        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        *beside, z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
             xBC,
             self.conv_weight,
@@ -173,5 +206,13 @@ class Mamba2(nn.Module):
             chunk=cfg.chunk,
             return_state=ctx.carry,
         )
-        y = gated_rms_norm(y.flatten(2), z, self.norm_weight, self.eps, cfg.n_groups)
-        return LayerOutput(self.out_proj(y), Mamba2State(conv, ssm) if ctx.carry else None)
+        y = self.out_proj(self._gate(y.flatten(2), z))
+        if self.mlp_out is not None:
+            y = y + self.mlp_out(swiglu(*beside))
+        return LayerOutput(y, Mamba2State(conv, ssm) if ctx.carry else None)
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        if self.norm_weight is None:
+            return swiglu(z, y)
+        first = self.config.norm_before_gate
+        return gated_rms_norm(y, z, self.norm_weight, self.eps, self.config.n_groups, norm_before_gate=first)

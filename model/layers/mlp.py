@@ -1,10 +1,10 @@
-"""The feed-forward layer: gated (SwiGLU, arXiv 2002.05202) or plain, with SiLU, GELU or squared ReLU.
+"""The feed-forward layer: gated (SwiGLU, arXiv 2002.05202) or plain, with SiLU, GELU, ReLU or squared ReLU.
 
 gated:  y = W_down (act(W_gate x) * W_up x)        plain:  y = W_down act(W_up x)
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,32 @@ from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_s
 from model.ops.norm import swiglu
 from model.params import Block, ParamSpec, Table, allocate_table, split_evenly
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+def activate(name: Activation, x: Tensor) -> Tensor:
+    """The activation of that name, elementwise, in x's dtype."""
+    if name == "relu2":
+        return F.relu(x).square()
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+    return F.silu(x) if name == "silu" else F.relu(x)
+
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """d_hidden: hidden width. activation: "silu", "gelu" (tanh form off) or "relu2" (squared ReLU). gated: multiply
-    the activated gate with a second projection."""
+    """d_hidden: hidden width. activation: "silu", "gelu" (exact), "gelu_tanh" (its tanh form), "relu" or "relu2"
+    (squared ReLU). gated: multiply the activated gate with a second projection."""
 
     d_hidden: int
-    activation: Literal["silu", "gelu", "relu2"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     kind: Literal["mlp"] = "mlp"
     residual: ClassVar[str] = "add"
 
     def check(self, d_model: int) -> None:
         require(self.d_hidden > 0, "d_hidden", self.d_hidden, "a positive width")
-        known = ("silu", "gelu", "relu2")
+        known = get_args(Activation)
         require(self.activation in known, "activation", repr(self.activation), f"one of {', '.join(known)}")
 
     def table(self, dims: Dims) -> Table:
@@ -68,12 +79,8 @@ class MLP(nn.Module):
         return LayerOutput(self.down(self._activate(self.up(x))))
 
     def _activate(self, h: Tensor) -> Tensor:
-        if self.config.gated:
-            gate, up = h.chunk(2, dim=-1)
-            return swiglu(gate, up) if self.config.activation == "silu" else self._plain(gate) * up
-        return self._plain(h)
-
-    def _plain(self, h: Tensor) -> Tensor:
-        if self.config.activation == "relu2":
-            return F.relu(h).square()
-        return F.silu(h) if self.config.activation == "silu" else F.gelu(h)
+        name = self.config.activation
+        if not self.config.gated:
+            return activate(name, h)
+        gate, up = h.chunk(2, dim=-1)
+        return swiglu(gate, up) if name == "silu" else activate(name, gate) * up

@@ -1,6 +1,7 @@
 """Causal attention, full or in a sliding window, with grouped key/value heads and documents; rotary positions.
 
-    y_i = sum_j softmax_j(scale q_i . k_j) v_j     over j <= i, i - j < window, j in i's document
+    y_i = sum_j softmax_j(s_ij) v_j     over j <= i, i - j < window, j in i's document
+    s_ij = scale q_i . k_j,  or c tanh(scale q_i . k_j / c) under a cap c     (Gemma 2, arXiv 2408.00118)
 
 The plain-torch path goes block by block over the queries, each against the span of keys it can see, with a backward
 that recomputes the probabilities: no tensor grows with T x T. Scores and softmax are float32 (products of bfloat16
@@ -20,10 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, Scratch, exp2_, wide_dtype
+from model.ops.rope import RopeScaling, frequencies
 
 BLOCK = 128  # queries at a time; 64 measures alike, 256 is slower in a window
 
-_ALL = frozenset({"documents", "past", "window"})
+_ALL = frozenset({"documents", "past", "window", "cap"})
 declare(
     "attention",
     Backend(
@@ -58,6 +60,7 @@ def attention(
     documents: Tensor | None = None,
     bounds: Tensor | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     past: Past | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -65,28 +68,29 @@ def attention(
 
     documents: (B, T) int32, non-decreasing: a query sees its own document only; index 0 continues `past`. bounds: the
     `document_bounds` of `documents`, for callers that have them (to find them is to wait for the device). scale: of the
-    scores, 1/sqrt(P) unless given. Returns (B, T, H, P). A change in one document leaves the outputs and gradients of
-    the others bit-identical.
+    scores, 1/sqrt(P) unless given. cap: bound of the scores, None for none. Returns (B, T, H, P). A change in one
+    document leaves the outputs and gradients of the others bit-identical.
     """
     assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads do not divide into {k.shape[2]} key/value heads"
     assert window is None or window > 0, "a window holds at least the token itself"
+    assert cap is None or cap > 0, "a cap bounds both signs"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    given = {"documents": documents is not None, "past": past is not None, "window": window is not None}
-    needs = [name for name, wanted in given.items() if wanted]
+    given = {"documents": documents, "past": past, "window": window, "cap": cap}
+    needs = [name for name, value in given.items() if value is not None]
     sizes = {"head_dim": q.shape[-1]}
     name = choose("attention", backend, needs=needs, sizes=sizes, dtype=q.dtype, device=q.device).name
     if name == "flash_attn":
         if documents is not None and bounds is None:
             bounds = document_bounds(documents)
-        return _flash(q, k, v, window, bounds, scale)
+        return _flash(q, k, v, window, bounds, scale, cap)
     k, v, document, limit = _with_past(q, k, v, documents, past, window)
     if name == "reference":
-        return attention_reference(q, k, v, document, limit, scale)
-    if document is None and limit == k.shape[1]:  # nothing hidden but the future: torch's own kernel
+        return attention_reference(q, k, v, document, limit, scale, cap)
+    if document is None and cap is None and limit == k.shape[1]:  # only the future is hidden: torch's own kernel
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
-    return _BlockAttention.apply(q, k, v, document, limit, scale)
+    return _BlockAttention.apply(q, k, v, document, limit, scale, cap)
 
 
 def _with_past(q, k, v, documents, past: Past | None, window: int | None):
@@ -115,12 +119,16 @@ def _hidden(document: Tensor | None, queries: range, keys: range, limit: int, de
     return hidden.view(-1, 1, 1, len(queries), len(keys))
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, limit: int, scale: float) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, limit: int, scale: float, cap: float | None = None
+) -> Tensor:
     """All T x S scores at once: the oracle. document: (B, S) or None, of the keys; queries are the last T of them."""
     wide = wide_dtype(q.dtype)
     T, S, R = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.to(wide).repeat_interleave(R, 2), v.to(wide).repeat_interleave(R, 2)
     scores = scale * torch.einsum("bihp,bjhp->bhij", q.to(wide), k)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     hidden = _hidden(document, range(S - T, S), range(S), limit, q.device)[:, 0]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("bhij,bjhp->bihp", weights, v).to(q.dtype)
@@ -134,12 +142,14 @@ def document_bounds(documents: Tensor) -> Tensor:
     return torch.cat([begins, first[0]]).nonzero().flatten().to(torch.int32)
 
 
-def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float) -> Tensor:
+def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float, cap: float | None = None) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     visible = (-1, -1) if window is None else (window - 1, 0)
     # Its backward adds in any order unless told otherwise.
     options = {"softmax_scale": scale, "causal": True, "window_size": visible, "deterministic": True}
+    if cap is not None:
+        options["softcap"] = cap
     if bounds is None:
         return flash_attn_func(q, k, v, **options)
     longest = q.shape[1]  # an upper bound: the exact length would have to be waited for
@@ -149,7 +159,7 @@ def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float) -> 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, document, limit: int, scale: float):
+    def forward(ctx, q, k, v, document, limit: int, scale: float, cap: float | None):
         B, T, H, P = q.shape
         S, K = k.shape[1:3]
         wide = wide_dtype(q.dtype)
@@ -159,8 +169,11 @@ class _BlockAttention(torch.autograd.Function):
         masks, room = _Masks(document, limit, wide, q.device), Scratch(q.device)
         for rows, queries, span in _blocks(T, S, limit):
             visible, bias = masks.of(queries, span)
-            qh = _heads_first(q[:, rows], K).to(wide) * (scale * LOG2_E)
-            scores = _dot(qh, kh[:, :, span].transpose(2, 3), room, "scores").add_(bias)
+            qh = _heads_first(q[:, rows], K).to(wide) * (scale * LOG2_E if cap is None else scale / cap)
+            scores = _dot(qh, kh[:, :, span].transpose(2, 3), room, "scores")
+            if cap is not None:
+                scores.tanh_().mul_(cap * LOG2_E)
+            scores.add_(bias)
             top = scores.amax(-1, keepdim=True)
             weights = exp2_(scores.sub_(top)).mul_(visible)
             total = weights.sum(-1, keepdim=True)
@@ -168,7 +181,7 @@ class _BlockAttention(torch.autograd.Function):
             y = _dot(_narrow(weights, q.dtype, room, "weights"), vh[:, :, span], room, "y")
             out[:, rows] = _tokens_first(y / total)
         ctx.save_for_backward(q, k, v, document, out, lse)
-        ctx.limit, ctx.scale = limit, scale
+        ctx.limit, ctx.scale, ctx.cap = limit, scale, cap
         return out
 
     @staticmethod
@@ -184,16 +197,22 @@ class _BlockAttention(torch.autograd.Function):
         for rows, queries, span in _blocks(T, S, ctx.limit):
             visible, _ = masks.of(queries, span)
             qh, dyh = _heads_first(q[:, rows], K), _heads_first(dy[:, rows], K)
-            scores = _dot(qh.to(wide) * (ctx.scale * LOG2_E), kw[:, :, span].transpose(2, 3), room, "scores")
+            slope, factor = None, ctx.scale * LOG2_E if ctx.cap is None else ctx.scale / ctx.cap
+            scores = _dot(qh.to(wide) * factor, kw[:, :, span].transpose(2, 3), room, "scores")
+            if ctx.cap is not None:
+                slope = torch.mul(scores.tanh_(), scores, out=room("slope", scores.shape, wide)).neg_().add_(1)
+                scores.mul_(ctx.cap * LOG2_E)
             weights = exp2_(scores.sub_(lse[..., rows, None])).mul_(visible)
             delta = (dyh.to(wide) * _heads_first(out[:, rows], K)).sum(-1, keepdim=True)
             dv[:, :, span].add_(_over_queries(_narrow(weights, q.dtype, room, "weights"), dyh, room))
             d_weights = _dot(dyh, vh[:, :, span].transpose(2, 3), room, "d_weights")
             d_scores = room("d_scores", weights.shape, wide).copy_(d_weights).sub_(delta).mul_(weights)
+            if slope is not None:
+                d_scores.mul_(slope)
             d_scores = _narrow(d_scores, q.dtype, room, "weights")
             dk[:, :, span].add_(_over_queries(d_scores, qh, room), alpha=ctx.scale)
             dq[:, rows] = _tokens_first(_dot(d_scores, kh[:, :, span], room, "dq").mul_(ctx.scale))
-        return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None
+        return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None, None
 
 
 def _blocks(T: int, S: int, limit: int) -> Iterator[tuple[slice, range, slice]]:
@@ -259,22 +278,27 @@ def _narrow(x: Tensor, dtype: torch.dtype, room: Scratch, name: str) -> Tensor:
     return room(name, x.shape, dtype).copy_(x)
 
 
-def rotary(x: Tensor, positions: Tensor, theta: float, dims: int | None = None) -> Tensor:
+def rotary(
+    x: Tensor, positions: Tensor, theta: float, dims: int | None = None, scaling: RopeScaling | None = None
+) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) in float32: x (B, T, H, P), positions (B, T) -> x's dtype.
 
     Dimension i of the first half of the rotated dimensions turns with its partner in the second half, by the angle
-    position * theta^(-2i/dims). dims: how many of the P dimensions turn, the first ones; all unless given.
+    position * theta^(-2i/dims). dims: how many of the P dimensions turn, the first ones; all unless given. scaling:
+    other frequencies for longer contexts.
     """
     dims = x.shape[-1] if dims is None else dims
     assert dims % 2 == 0 and dims <= x.shape[-1], f"cannot turn {dims} of {x.shape[-1]} dimensions in pairs"
     wide = wide_dtype(x.dtype)
-    exponent = torch.arange(0, dims, 2, device=x.device, dtype=wide) / dims
-    angle = positions[..., None].to(wide) * theta**-exponent
-    return _Rotary.apply(x, angle.cos()[:, :, None], angle.sin()[:, :, None])
+    angle = positions[..., None].to(wide) * frequencies(theta, dims, scaling, wide, x.device)
+    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
+    return _Rotary.apply(x, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
-    """A rotation is undone by its inverse, so the backward needs the angles only."""
+    """The transpose of a rotation turns back, so the backward needs the angles only."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):

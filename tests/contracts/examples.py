@@ -7,6 +7,7 @@ from model.hybrid import HybridLM, Precision, initialise_model
 from model.layers.attention import AttentionConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
+from model.ops.rope import Llama3Scaling, NTKScaling, YarnScaling
 from model.registry import KINDS, LayerConfig
 
 D_MODEL = 32
@@ -22,6 +23,21 @@ EXAMPLES: dict[str, LayerConfig] = {
     "swiglu": MLPConfig(d_hidden=48),
     "squared relu": MLPConfig(d_hidden=48, activation="relu2", gated=False),
     "gelu": MLPConfig(d_hidden=48, activation="gelu", gated=False),
+    "mamba2 beside an mlp": Mamba2Config(head_dim=8, d_state=8, n_groups=2, d_ssm=32, chunk=8),
+    "mamba2 without norm": Mamba2Config(head_dim=8, d_state=8, chunk=8, norm=False),
+    "mamba2, norm before gate": Mamba2Config(head_dim=8, d_state=8, n_groups=2, chunk=8, norm_before_gate=True),
+    "partial rope, scaled": AttentionConfig(
+        n_heads=3, n_kv_heads=1, head_dim=16, rope_fraction=0.5, rope_scaling=YarnScaling(factor=4.0, original_length=8)
+    ),
+    "qk norm": AttentionConfig(n_heads=4, n_kv_heads=2, qk_norm=True, scale=0.5),
+    "capped": AttentionConfig(n_heads=4, n_kv_heads=2, logit_cap=1.5),
+    "capped window": AttentionConfig(n_heads=4, window=6, logit_cap=1.5, rope_scaling=NTKScaling(2.0)),
+    "short convolution": AttentionConfig(n_heads=4, n_kv_heads=2, window=6, qkv_conv=4),
+    "short convolution, all": AttentionConfig(
+        n_heads=2, qkv_conv=3, rope_scaling=Llama3Scaling(4.0, original_length=16)
+    ),
+    "relu": MLPConfig(d_hidden=48, activation="relu", gated=False),
+    "gated gelu": MLPConfig(d_hidden=48, activation="gelu_tanh"),
 }
 
 assert {example.kind for example in EXAMPLES.values()} == set(KINDS), "every registered kind needs an example"

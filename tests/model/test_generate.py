@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from model.generate import Sampling, generate
 from tests.contracts.examples import tokens_and_starts
@@ -11,8 +12,8 @@ GREEDY = Sampling(temperature=0)
 
 
 def state_bytes(state: object) -> int:
-    tensors = [t for layer in state.layers if layer is not None for t in layer]
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    tensors = [leaf for leaf in tree_leaves(state.layers) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def test_memory_is_constant_in_the_generated_length() -> None:

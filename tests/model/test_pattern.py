@@ -2,16 +2,24 @@
 
 import pytest
 
-from model.pattern import PatternError, check_letter, expand, from_ratios
+from model.pattern import PatternError, check_letter, expand, from_ratios, show
 
 HYBRID_8B = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
 HYBRID_800M = "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-"
 
 
 def test_groups_and_repeats() -> None:
-    assert expand("(M-W-)x3", "MW-") == "M-W-M-W-M-W-"
-    assert expand("M (M* (M-)x2 )x2 -", "M*-") == "M" + "M*M-M-" * 2 + "-"
-    assert expand("(M-)", "M-") == "M-"
+    assert expand("(M-W-)x3", "MW-") == tuple("M-W-M-W-M-W-")
+    assert expand("M (M* (M-)x2 )x2 -", "M*-") == tuple("M" + "M*M-M-" * 2 + "-")
+    assert expand("(M-)", "M-") == ("M", "-")
+
+
+def test_brackets_are_one_block() -> None:
+    """Falcon-H1's stack, and repeats of brackets themselves; what is shown can be read again."""
+    stack = expand("([M*]-)x44", "M*-")
+    assert stack == ("M*", "-") * 44
+    assert expand("M [M *-]x2 -", "M*-") == ("M", "M*-", "M*-", "-")
+    assert show(stack[:3]) == "[M*]-[M*]" and expand(show(stack), "M*-") == stack
 
 
 @pytest.mark.parametrize(
@@ -20,7 +28,7 @@ def test_groups_and_repeats() -> None:
 )
 def test_the_generator_gives_the_published_strings(pattern: str, published: str) -> None:
     """arXiv 2406.07887 and its public code: the 8B and 800M hybrids."""
-    assert expand(pattern, "M*-") == published
+    assert show(expand(pattern, "M*-")) == published
 
 
 def test_published_counts() -> None:
@@ -52,11 +60,22 @@ def test_the_generator_places_exactly_what_was_asked() -> None:
         ("ratio(4, M, Q=0.1)", 12),
         ("ratio(4, M, *=0.9, -=0.9)", 6),
         ("ratio(4)", 0),
+        ("M[]", 2),
+        ("[M]-", 2),
+        ("[M[-*]]", 2),
+        ("[M(-*)]", 2),
+        ("[M-)x2", 3),
+        ("([M-)x2]", 4),
+        ("M[M-", 1),
+        ("M]-", 1),
+        ("[MQ]", 2),
+        ("[M-]x20000", 9),
+        ("-[MO]", 3),
     ],
 )
 def test_errors_point_at_the_character(pattern: str, at: int) -> None:
     with pytest.raises(PatternError) as error:
-        expand(pattern, "M-*")
+        expand(pattern, "M-*O", alone="O")
     assert error.value.at == at
     assert f"(character {at + 1})" in str(error.value)
     assert "\n" not in str(error.value)

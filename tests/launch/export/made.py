@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,9 +29,16 @@ VOCABULARY = 400
 
 def every_kind(**changes: object) -> ModelConfig:
     """One layer of every example of every kind."""
-    layers = dict(zip("abcdefghijklmnopqrstuvwxyz", EXAMPLES.values(), strict=False))
+    letters = [letter for letter in string.ascii_letters if letter != "x"][: len(EXAMPLES)]
+    layers = dict(zip(letters, EXAMPLES.values(), strict=True))
     values = {"vocab_size": VOCABULARY, "d_model": 32, "pattern": "".join(layers), "layers": layers}
     return ModelConfig(**(values | changes))
+
+
+def composed(**changes: object) -> ModelConfig:
+    """Every layer, parallel branches with and without a gate, and weights that are shared between places."""
+    pattern = f"{every_kind().pattern}[ad]fh[bei]fh"
+    return every_kind(**({"pattern": pattern, "shared": "fh", "branch_gates": {"d": 0.5}} | changes))
 
 
 def nemotron_like(**changes: object) -> ModelConfig:

@@ -68,6 +68,7 @@ def main(folder: str, prompt: list[int]) -> dict:
         model.generate(ids, do_sample=False, num_beams=3, max_new_tokens=8, eos_token_id=None, use_cache=cache).tolist()
         for cache in (True, False)
     ]
+    said["hidden"] = len(model(ids, output_hidden_states=True).hidden_states)
     half = load(folder, dtype=torch.bfloat16).eval()
     said["half"] = {name: str(p.dtype) for name, p in half.named_parameters()}
     said["half_difference"] = (logits(half, ids) - logits(model, ids)).abs().max().item()

@@ -15,11 +15,12 @@ from launch.runs import load_run
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.hf import nemotron_h
-from tests.launch.export.made import CORPUS, VOCABULARY, every_kind, make_run, nemotron_like, only, run_alone
+from tests.contracts.examples import EXAMPLES
+from tests.launch.export.made import CORPUS, VOCABULARY, composed, every_kind, make_run, nemotron_like, only, run_alone
 
 pytest.importorskip("transformers", reason="braid export needs transformers")
 
-PUBLISHED = {"braid": every_kind(), "nemotron_h": nemotron_like()}
+PUBLISHED = {"braid": composed(), "nemotron_h": nemotron_like()}
 
 
 def publish(run: Path, folder: Path, **changes: object):
@@ -61,6 +62,7 @@ def test_a_stranger_can_use_it(published: tuple[str, Path, Path], elsewhere: dic
     assert said["greedy"] == [step[0] for step in generate(model, [prompt], 64, Sampling(temperature=0))]
     assert said["without_gradient"] == []
     assert said["reloaded"]
+    assert said["hidden"] == 1 + len(model.config.blocks)
     assert said["padding"] < 1e-4 and said["padded_greedy"]
     assert said["beams"][0] == said["beams"][1]
     assert {name for name, dtype in said["half"].items() if dtype == "torch.bfloat16"}
@@ -186,11 +188,22 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys):
         ({"pattern": "*-c"}, "layer 'c' (mamba2) limits its step"),
         ({"pattern": "M-"}, "no attention layer"),
         ({"pattern": "M*a"}, "layers 'M' and 'a' are both mamba2 and differ"),
+        ({"pattern": "*S"}, "layer 'S' (mamba2) has a state space of 32 channels"),
+        ({"pattern": "*G"}, "layer 'G' (mamba2) gates otherwise"),
+        ({"pattern": "MQ"}, "layer 'Q' (attention) has qk_norm = True"),
+        ({"pattern": "-[M*]"}, "layers 'M', '*' are parallel branches of one block"),
+        ({"pattern": "M*M*", "shared": "*"}, "the layers '*' share their weights"),
     ],
 )
 def test_what_nemotron_h_cannot_express_is_named(change: dict, why: str):
     """Breaks when a braid would be published as something that it is not."""
-    layers = {**every_kind().layers, **nemotron_like().layers}
+    layers = {
+        **every_kind().layers,
+        **nemotron_like().layers,
+        "S": EXAMPLES["mamba2 beside an mlp"],
+        "G": EXAMPLES["mamba2 without norm"],
+        "Q": EXAMPLES["qk norm"],
+    }
     config = ModelConfig(vocab_size=400, d_model=32, layers=layers, **change)
     assert why in str(nemotron_h.obstacle(config))
     assert nemotron_h.obstacle(nemotron_like()) is None

@@ -1,4 +1,4 @@
-"""Attention: windows, grouped heads, documents and cached keys against the explicit masked softmax; RoPE."""
+"""Attention: windows, caps, grouped heads, documents and cached keys against the explicit masked softmax; RoPE."""
 
 import sys
 from itertools import pairwise
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.ops import attention as module
 from model.ops.attention import Past, attention, document_bounds, rotary
+from model.ops.rope import YarnScaling, frequencies
 from tests.model.ops.support import assert_same, largest, leaf, outputs_and_gradients, packed
 
 B, H, K, P = 2, 4, 2, 6
@@ -24,7 +25,8 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 5, 16, 75])
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
-def test_equals_reference(T, window):
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_equals_reference(T, window, cap):
     """Values and gradients, with and without documents and cached keys of unequal valid length."""
     q, k, v = leaf(B, T, H, P), leaf(B, T, K, P, seed=1), leaf(B, T, K, P, seed=2)
     past = Past(leaf(B, 9, K, P, seed=3), leaf(B, 9, K, P, seed=4), torch.tensor([9, 2]))
@@ -34,7 +36,7 @@ def test_equals_reference(T, window):
             leaves = [q, k, v] + ([] if cached is None else [past.k, past.v])
 
             def run(backend, d=d, cached=cached):
-                return [attention(q, k, v, window=window, documents=d, past=cached, backend=backend)]
+                return [attention(q, k, v, window=window, documents=d, cap=cap, past=cached, backend=backend)]
 
             want = outputs_and_gradients(lambda run=run: run("reference"), leaves)
             assert_same(outputs_and_gradients(lambda run=run: run("torch"), leaves), want, 1e-10)
@@ -50,6 +52,15 @@ def test_reference_equals_torch():
     assert_same([got], [want.transpose(1, 2)], 1e-12)
 
 
+def test_a_cap_bounds_the_scores():
+    """The reference's cap written out for one query, and no cap where it is far from every score."""
+    q, k, v = leaf(1, 5, 1, P), leaf(1, 5, 1, P, seed=1), leaf(1, 5, 1, P, seed=2)
+    weights = (0.5 * torch.tanh(0.3 * (k[0, :, 0] @ q[0, 4, 0]) / 0.5)).softmax(0)
+    got = attention(q, k, v, scale=0.3, cap=0.5, backend="reference")
+    assert_same([got[0, 4, 0]], [weights @ v[0, :, 0]], 1e-12)
+    assert_same([attention(q, k, v, cap=1e6)], [attention(q, k, v)], 1e-9)
+
+
 def test_past_continues_a_row():
     """A row in two pieces, the second with the first's keys as its past, equals the row: prefill in pieces."""
     q, k, v = leaf(B, 30, H, P), leaf(B, 30, K, P, seed=1), leaf(B, 30, K, P, seed=2)
@@ -60,16 +71,17 @@ def test_past_continues_a_row():
         assert_same([rest], [whole[:, 18:]], 1e-12)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("cap", [None, 0.6])
+def test_gradcheck(cap):
     """Analytic gradients equal numerical ones, independently of the reference's autograd."""
     args = (leaf(1, 5, 2, 2), leaf(1, 5, 1, 2), leaf(1, 5, 1, 2, seed=1))
     documents = packed([2, 3])
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, window=2, documents=documents), args)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, window=2, documents=documents, cap=cap), args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 11])
-def test_documents_are_isolated_to_the_bit(dtype, window):
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (11, None), (None, 1.5), (11, 1.5)])
+def test_documents_are_isolated_to_the_bit(dtype, window, cap):
     """A change in one document does not move the others by one bit, forward or backward."""
     documents = packed([20, 9, 31], [20, 9, 31])
     for which in range(3):
@@ -78,7 +90,7 @@ def test_documents_are_isolated_to_the_bit(dtype, window):
         def run(factor: float, changed=changed) -> list[Tensor]:
             qkv = [leaf(B, 60, n, P, dtype=dtype, seed=n).detach() for n in (H, K, K)]
             q, k, v = (torch.where(changed, factor * x, x).requires_grad_() for x in qkv)
-            y = attention(q, k, v, window=window, documents=documents)
+            y = attention(q, k, v, window=window, documents=documents, cap=cap)
             upstream = torch.where(changed, factor, 1.0).to(dtype).expand_as(y)
             return [y, *torch.autograd.grad(y, [q, k, v], upstream)]
 
@@ -99,12 +111,13 @@ def test_inputs_are_left_alone():
         assert bool((upstream == 1).all())
 
 
-def test_bfloat16_is_close_to_float32():
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_bfloat16_is_close_to_float32(cap):
     """Scores and softmax are float32: outputs and gradients within bfloat16's rounding of inputs and weights."""
     leaves = [leaf(B, 60, n, P, dtype=torch.bfloat16, seed=n) for n in (H, K, K)]
     single = [v.detach().float().requires_grad_() for v in leaves]
-    got = outputs_and_gradients(lambda: [attention(*leaves, window=20)], leaves)
-    want = outputs_and_gradients(lambda: [attention(*single, window=20)], single)
+    got = outputs_and_gradients(lambda: [attention(*leaves, window=20, cap=cap)], leaves)
+    want = outputs_and_gradients(lambda: [attention(*single, window=20, cap=cap)], single)
     assert_same([v.float() for v in got], want, 2e-2)
 
 
@@ -113,8 +126,10 @@ def test_memory_does_not_grow_with_tokens_squared(window):
     """No intermediate is T x T: a window costs T x window, documents T x block."""
     T = 512
     q, k, v = (leaf(1, T, 1, 4, dtype=torch.float32, seed=i) for i in range(3))
-    size = largest(lambda: attention(q, k, v, window=window, documents=packed([T // 2, T // 2])), [q, k, v])
-    assert size <= T * 16
+    for cap in (None, 2.0):
+        halves = packed([T // 2, T // 2])
+        size = largest(lambda cap=cap, d=halves: attention(q, k, v, window=window, documents=d, cap=cap), [q, k, v])
+        assert size <= T * 16
 
 
 @pytest.fixture
@@ -122,10 +137,10 @@ def flash(monkeypatch):
     """A flash-attn of plain torch, so that the calls to it can be tested without a GPU: the options of each call."""
     calls = []
 
-    def fixed(q, k, v, *, softmax_scale, causal, window_size, deterministic):
+    def fixed(q, k, v, *, softmax_scale, causal, window_size, deterministic, softcap=0.0):
         calls.append({"window": window_size, "causal": causal, "deterministic": deterministic})
         window = window_size[0] + 1 if window_size[0] >= 0 else None
-        return attention(q, k, v, window=window, scale=softmax_scale, backend="reference")
+        return attention(q, k, v, window=window, scale=softmax_scale, cap=softcap or None, backend="reference")
 
     def ragged(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options):
         pieces = list(pairwise(bounds_q.tolist()))
@@ -139,12 +154,14 @@ def flash(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("documents", [None, packed([5, 1, 14], [20])])
-def test_flash_attn_is_asked_for_the_same_map(flash, window, documents):
-    """Windows and document bounds in flash-attn's own terms, with the backward that repeats itself to the bit."""
+@pytest.mark.parametrize("cap", [None, 0.4])
+def test_flash_attn_is_asked_for_the_same_map(flash, window, documents, cap):
+    """Windows, caps and document bounds in flash-attn's own terms, with the backward that repeats itself to the bit."""
     q, k, v = leaf(B, 20, H, P), leaf(B, 20, K, P, seed=1), leaf(B, 20, K, P, seed=2)
     bounds = None if documents is None else document_bounds(documents)
-    got = module._flash(q, k, v, window, bounds, 0.3)
-    assert_same([got], [attention(q, k, v, window=window, documents=documents, scale=0.3, backend="reference")], 1e-12)
+    got = module._flash(q, k, v, window, bounds, 0.3, cap)
+    options = {"window": window, "documents": documents, "scale": 0.3, "cap": cap}
+    assert_same([got], [attention(q, k, v, **options, backend="reference")], 1e-12)
     assert all(call["deterministic"] and call["causal"] for call in flash)
 
 
@@ -174,6 +191,18 @@ def test_rotary_turns_by_relative_position():
     assert not torch.allclose(scores[0], (q * k).sum())
     assert torch.equal(at[0][0][..., 6:], q[..., 6:])
     assert torch.autograd.gradcheck(lambda x: rotary(x, torch.tensor([[5]]), 100.0, dims=6), (q,))
+
+
+def test_rotary_under_a_scaling():
+    """Other angles and longer vectors, on the turned dimensions alone, with the gradient of that map."""
+    x, at, scaling = leaf(1, 2, 1, 8), torch.tensor([[3, 90]]), YarnScaling(factor=4.0, original_length=32)
+    turn = frequencies(100.0, 6, scaling, torch.float64, x.device)
+    angle = at[:, :, None, None] * turn
+    turned = scaling.amplitude * torch.complex(x[..., :3], x[..., 3:6]) * torch.polar(torch.ones_like(angle), angle)
+    got = rotary(x, at, 100.0, 6, scaling)
+    assert scaling.amplitude > 1
+    assert_same([got], [torch.cat([turned.real, turned.imag, x[..., 6:]], -1)], 1e-12)
+    assert torch.autograd.gradcheck(lambda x: rotary(x, at, 100.0, 6, scaling), (x,))
 
 
 def test_rotary_matches_complex_rotation():
