@@ -21,8 +21,9 @@ class Backend:
     """One implementation of an op and what it declares.
 
     can: the features it has, out of the op's own words ("documents", "initial_state", ...). dtypes: of the op's main
-    input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module: the package it imports, None for none. device:
-    "cuda", "cpu" or "any". capability: the least CUDA compute capability. ready: whether what else it needs is here.
+    input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module:
+    the package it imports, None for plain torch. device: "cuda", "cpu" or "any". capability: the least CUDA compute
+    capability. ready: whether what else it needs is here.
     """
 
     name: str

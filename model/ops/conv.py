@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops import native
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
 
 _ALL = frozenset({"documents", "state", "documents with state"})
 declare(
@@ -36,7 +36,14 @@ declare(
         device="cuda",
         capability=(8, 0),
     ),
-    Backend("native", frozenset({"documents"}), native.WIDTHS, {"taps": range(1, 17)}, device="cpu", ready=native.ready),
+    Backend(
+        "native",
+        frozenset({"documents"}),
+        NATIVE_DTYPES,
+        {"taps": range(1, 17)},
+        device="cpu",
+        ready=native_ready,
+    ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -199,7 +206,7 @@ class _NativeConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, documents)
         ctx.silu = silu
         (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
-        native.call("conv_forward", x.dtype, x, *x.stride()[:2], taps, vector, index, y, *sizes, int(silu))
+        run_native("conv_forward", x.dtype, x, *x.stride()[:2], taps, vector, index, y, *sizes, int(silu))
         return y
 
     @staticmethod
@@ -207,11 +214,11 @@ class _NativeConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, documents = ctx.saved_tensors
         (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
-        dy = native.with_rows(dy)
+        dy = with_rows(dy)
         dx, d_taps = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(taps)
         d_bias = None if vector is None else torch.empty_like(vector)
         rows = (x, *x.stride()[:2], taps, vector, index, dy, *dy.stride()[:2])
-        native.call("conv_backward", x.dtype, *rows, dx, d_taps, d_bias, *sizes, int(ctx.silu))
+        run_native("conv_backward", x.dtype, *rows, dx, d_taps, d_bias, *sizes, int(ctx.silu))
         d_weight = d_taps.flip(0).t().to(weight.dtype)
         return dx, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
 
@@ -220,7 +227,7 @@ def _native_arguments(x, weight, bias, documents) -> tuple[tuple, tuple[int, ...
     taps = weight.detach().float().t().flip(0).contiguous()  # (k, C), by distance
     vector = None if bias is None else bias.detach().float().contiguous()
     index = None if documents is None else documents.to(torch.int32).contiguous()
-    return (native.with_rows(x), taps, vector, index), (*x.shape, len(taps))
+    return (with_rows(x), taps, vector, index), (*x.shape, len(taps))
 
 
 class _Row:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops import native
 from model.ops.backend import Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native
 
 declare(
     "head",
-    Backend("native", frozenset(), native.WIDTHS, device="cpu", ready=native.ready),
+    Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
     Backend("torch", frozenset()),
 )
 
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(h[rows], w.t(), out=raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
             if logits is None:
-                native.call("log_sum_exp", dtype, raw, lse[rows], *raw.shape)
+                run_native("log_sum_exp", dtype, raw, lse[rows], *raw.shape)
             else:
                 top = logits.copy_(raw).amax(-1, keepdim=True)
                 total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows, raw, d in _chunks(len(t), w, wide, ctx.fast):
             torch.mm(h[rows], w.t(), out=raw)
             if d is None:
-                native.call("softmax_slope", dtype, raw, lse[rows], share[rows], g[rows], t[rows], *raw.shape)
+                run_native("softmax_slope", dtype, raw, lse[rows], share[rows], g[rows], t[rows], *raw.shape)
             else:
                 exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
                 d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])

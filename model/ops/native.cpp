@@ -372,6 +372,193 @@ static void softmax_slope(T *logits, const float *lse, const float *share, const
     }
 }
 
+// ---- SSD, one chunk of Q tokens from `start` on of rows of S; H = G R heads of P; see ssd_native.py ----
+
+template <class T>
+static void ssd_lay(const T *x, long xb, long xt, const float *first, const float *second, T *heads, T *groups, long B,
+                    long S, long start, long Q, long G, long R, long P) {
+    // heads (B, H, Q, P) = first x; groups (B, G, Q, R P) = second first x; first, second (B, S, H), first null for ones
+    const long H = G * R;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long b = 0; b < B; b++)
+        for (long q = 0; q < Q; q++) {
+            const long t = start + q;
+            for (long h = 0; h < H; h++) {
+                const float f = first ? first[(b * S + t) * H + h] : 1.f, s = second[(b * S + t) * H + h];
+                const T *from = x + b * xb + t * xt + h * P;
+                T *one = heads + ((b * H + h) * Q + q) * P;
+                T *other = groups + (((b * G + h / R) * Q + q) * R + h % R) * P;
+#pragma omp simd
+                for (long c = 0; c < P; c++) {
+                    const float v = wide(from[c]) * f;
+                    put(one[c], v);
+                    put(other[c], v * s);
+                }
+            }
+        }
+}
+
+static inline long first_seen(const int32_t *index, long q) {  // of the chunk's tokens, by token q
+    if (!index) return 0;
+    long first = q;
+    while (first > 0 && index[first - 1] == index[q]) first--;
+    return first;
+}
+
+template <class T>
+static void ssd_mask(const T *CB, const float *cs, const int32_t *index, T *M, long B, long S, long start, long Q, long G,
+                     long R) {  // M (B, H, Q, Q) = decay from j to i times CB (B, G, Q, Q), 0 where i does not see j
+    const long H = G * R;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < H; h++) {
+            const float *sum = cs + (b * H + h) * S + start;
+            const T *dots = CB + (b * G + h / R) * Q * Q;
+            T *out = M + (b * H + h) * Q * Q;
+            for (long i = 0; i < Q; i++) {
+                const long low = first_seen(index ? index + b * S + start : nullptr, i);
+                std::memset(out + i * Q, 0, low * sizeof(T));
+#pragma omp simd
+                for (long j = low; j <= i; j++)
+                    put(out[i * Q + j], exp2_(std::min(sum[i] - sum[j], 0.f)) * wide(dots[i * Q + j]));
+                std::memset(out + i * Q + i + 1, 0, (Q - i - 1) * sizeof(T));
+            }
+        }
+}
+
+template <class T>
+static void ssd_mask_backward(const T *CB, const float *cs, const int32_t *index, const T *dM, T *M, T *dCB, float *dcs,
+                              long B, long S, long start, long Q, long G, long R) {
+    // M as above; dCB (B, G, Q, Q) = sum over heads of dM L; dcs (B, H, Q) = row sums less column sums of dM M
+    const long H = G * R, span = 16, parts = (Q + span - 1) / span;
+    std::vector<float> columns(B * G * parts * R * Q, 0.f);
+#pragma omp parallel
+    {
+        std::vector<float> room(2 * Q);
+        float *total = room.data(), *weighted = total + Q;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (long bg = 0; bg < B * G; bg++)
+            for (long part = 0; part < parts; part++) {
+                const long b = bg / G, g = bg % G;
+                const T *dots = CB + bg * Q * Q;
+                float *column = columns.data() + (bg * parts + part) * R * Q;
+                for (long i = part * span; i < std::min(Q, (part + 1) * span); i++) {
+                    const long low = first_seen(index ? index + b * S + start : nullptr, i);
+                    std::fill(total, total + Q, 0.f);
+                    for (long r = 0; r < R; r++) {
+                        const long h = g * R + r, at = ((b * H + h) * Q + i) * Q;
+                        const float *sum = cs + (b * H + h) * S + start;
+                        float row = 0.f;
+                        std::memset(M + at, 0, low * sizeof(T));
+#pragma omp simd reduction(+ : row)
+                        for (long j = low; j <= i; j++) {
+                            const float L = exp2_(std::min(sum[i] - sum[j], 0.f)), dot = wide(dots[i * Q + j]);
+                            const float d = wide(dM[at + j]) * L;
+                            total[j] += d;
+                            weighted[j] = d * dot;
+                            row += d * dot;
+                            put(M[at + j], L * dot);
+                        }
+                        std::memset(M + at + i + 1, 0, (Q - i - 1) * sizeof(T));
+                        for (long j = low; j <= i; j++) column[r * Q + j] += weighted[j];
+                        dcs[(b * H + h) * Q + i] = row;
+                    }
+                    for (long j = 0; j < Q; j++) put(dCB[(bg * Q + i) * Q + j], total[j]);
+                }
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (long bg = 0; bg < B * G; bg++)
+            for (long r = 0; r < R; r++)
+                for (long part = 0; part < parts; part++) {
+                    const float *column = columns.data() + ((bg * parts + part) * R + r) * Q;
+                    float *out = dcs + (bg * R + r) * Q;
+                    for (long j = 0; j < Q; j++) out[j] -= column[j];
+                }
+    }
+}
+
+template <class T>
+static void ssd_output(const T *within, const T *before, const float *enter, const T *x, long xb, long xt, const float *D,
+                       T *y, long B, long S, long start, long Q, long G, long R, long P) {
+    // y (B, S, H, P) = within (B, H, Q, P) + enter before (B, G, Q, R P) + D x
+    const long H = G * R;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long b = 0; b < B; b++)
+        for (long q = 0; q < Q; q++)
+            for (long h = 0; h < H; h++) {
+                const long t = start + q;
+                const float e = enter[(b * S + t) * H + h], skip = D ? D[h] : 0.f;
+                const T *one = within + ((b * H + h) * Q + q) * P;
+                const T *other = before + (((b * G + h / R) * Q + q) * R + h % R) * P;
+                const T *from = x + b * xb + t * xt + h * P;
+                T *out = y + ((b * S + t) * H + h) * P;
+#pragma omp simd
+                for (long c = 0; c < P; c++) put(out[c], wide(one[c]) + wide(other[c]) * e + wide(from[c]) * skip);
+            }
+}
+
+template <class T>
+static void ssd_output_backward(const T *within, const T *after, const T *before, const float *enter, const float *leave,
+                                const float *dt, const float *D, const T *x, long xb, long xt, const T *dy, long dyb,
+                                long dyt, T *dx, float *d_dt, float *d_enter, float *d_leave, float *dD, long B, long S,
+                                long start, long Q, long G, long R, long P) {
+    // within (B, H, Q, P) = M^T dy; after = B dS_out, before = C S_in (B, G, Q, R P). The gradient of dt x is
+    // within + leave after. d_dt, d_enter, d_leave (those of log2's slopes: enter dy before, leave after dt x) and
+    // dD (dy x), all (B, S, H), are sums over P.
+    const long H = G * R;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long b = 0; b < B; b++)
+        for (long q = 0; q < Q; q++)
+            for (long h = 0; h < H; h++) {
+                const long t = start + q, at = (b * S + t) * H + h, grouped = (((b * G + h / R) * Q + q) * R + h % R) * P;
+                const float l = leave[at], step = dt[at], skip = D ? D[h] : 0.f;
+                const T *one = within + ((b * H + h) * Q + q) * P, *two = after + grouped, *three = before + grouped;
+                const T *from = x + b * xb + t * xt + h * P, *slope = dy + b * dyb + t * dyt + h * P;
+                T *out = dx + at * P;
+                float sum_dt = 0.f, sum_enter = 0.f, sum_leave = 0.f, sum_skip = 0.f;
+#pragma omp simd reduction(+ : sum_dt, sum_enter, sum_leave, sum_skip)
+                for (long c = 0; c < P; c++) {
+                    const float left = wide(two[c]) * l, d = wide(one[c]) + left, v = wide(from[c]), g = wide(slope[c]);
+                    sum_dt += d * v;
+                    sum_enter += g * wide(three[c]);
+                    sum_leave += left * v;
+                    sum_skip += g * v;
+                    put(out[c], d * step + g * skip);
+                }
+                d_dt[at] = sum_dt;
+                d_enter[at] = sum_enter * enter[at];
+                d_leave[at] = sum_leave * step;
+                dD[at] = sum_skip;
+            }
+}
+
+template <class T>
+static void ssd_state(float *state, const T *into, const float *through, long tb, T *narrow, const T *other, float *sums,
+                      long B, long G, long N, long R, long P) {
+    // state (B, G, N, R, P) becomes through state + into, and narrow its copy; sums (B, G, R), unless null, are those of
+    // state times other as they were. through (B, G, R), tb apart.
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long bg = 0; bg < B * G; bg++)
+        for (long r = 0; r < R; r++) {
+            const float by = through[bg / G * tb + bg % G * R + r];
+            float sum = 0.f;
+            for (long n = 0; n < N; n++) {
+                const long at = ((bg * N + n) * R + r) * P;
+                if (sums) {
+#pragma omp simd reduction(+ : sum)
+                    for (long c = 0; c < P; c++) sum += state[at + c] * wide(other[at + c]);
+                }
+#pragma omp simd
+                for (long c = 0; c < P; c++) {
+                    const float v = state[at + c] * by + wide(into[at + c]);
+                    state[at + c] = v;
+                    put(narrow[at + c], v);
+                }
+            }
+            if (sums) sums[bg * R + r] = sum * by;
+        }
+}
+
 #define EXPORT(name, T, suffix, parameters, arguments) \
     extern "C" void name##_##suffix parameters { name<T> arguments; }
 #define BOTH(name, parameters_of, arguments)                     \
@@ -422,3 +609,35 @@ NORM(float, f32, float, f32)
 NORM(float, f32, bf16, bf16)
 NORM(bf16, bf16, bf16, bf16)
 NORM(bf16, bf16, float, f32)
+
+#define SSD_LAY(T)                                                                                                     \
+    (const T *x, long xb, long xt, const float *first, const float *second, T *heads, T *groups, long B, long S,       \
+     long start, long Q, long G, long R, long P)
+BOTH(ssd_lay, SSD_LAY, (x, xb, xt, first, second, heads, groups, B, S, start, Q, G, R, P))
+
+#define SSD_MASK(T) \
+    (const T *CB, const float *cs, const int32_t *index, T *M, long B, long S, long start, long Q, long G, long R)
+BOTH(ssd_mask, SSD_MASK, (CB, cs, index, M, B, S, start, Q, G, R))
+
+#define SSD_MASK_BACKWARD(T)                                                                                           \
+    (const T *CB, const float *cs, const int32_t *index, const T *dM, T *M, T *dCB, float *dcs, long B, long S,        \
+     long start, long Q, long G, long R)
+BOTH(ssd_mask_backward, SSD_MASK_BACKWARD, (CB, cs, index, dM, M, dCB, dcs, B, S, start, Q, G, R))
+
+#define SSD_OUTPUT(T)                                                                                                  \
+    (const T *within, const T *before, const float *enter, const T *x, long xb, long xt, const float *D, T *y, long B, \
+     long S, long start, long Q, long G, long R, long P)
+BOTH(ssd_output, SSD_OUTPUT, (within, before, enter, x, xb, xt, D, y, B, S, start, Q, G, R, P))
+
+#define SSD_OUTPUT_BACKWARD(T)                                                                                         \
+    (const T *within, const T *after, const T *before, const float *enter, const float *leave, const float *dt,        \
+     const float *D, const T *x, long xb, long xt, const T *dy, long dyb, long dyt, T *dx, float *d_dt, float *d_enter, \
+     float *d_leave, float *dD, long B, long S, long start, long Q, long G, long R, long P)
+BOTH(ssd_output_backward, SSD_OUTPUT_BACKWARD,
+     (within, after, before, enter, leave, dt, D, x, xb, xt, dy, dyb, dyt, dx, d_dt, d_enter, d_leave, dD, B, S, start, Q,
+      G, R, P))
+
+#define SSD_STATE(T)                                                                                                   \
+    (float *state, const T *into, const float *through, long tb, T *narrow, const T *other, float *sums, long B, long G, \
+     long N, long R, long P)
+BOTH(ssd_state, SSD_STATE, (state, into, through, tb, narrow, other, sums, B, G, N, R, P))

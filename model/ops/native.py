@@ -1,8 +1,8 @@
 """Loops in C++ (`native.cpp`) for the CPU: compiled by g++ when an op first asks for them, which takes seconds, and
 kept for every later run on such a machine. Where there is no compiler, ops go without; nothing needs them.
 
-    if native.ready():
-        native.call("relu2_forward", x.dtype, x, x.stride(0), y, n, D)
+    if native_ready():
+        run_native("relu2_forward", x.dtype, x, x.stride(0), y, n, D)
 """
 
 import ctypes
@@ -35,7 +35,7 @@ FLAGS = (
 )
 COMPILE_S = 120
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-WIDTHS = frozenset(DTYPES)
+NATIVE_DTYPES = frozenset(DTYPES)
 """The dtypes that the loops take."""
 SWITCH = "BRAID_NATIVE"
 """Set to 0 in the environment, the ops do without."""
@@ -61,14 +61,14 @@ def _argument(value: Tensor | float | None) -> Any:
     return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None, to: torch.dtype | None = None) -> None:
+def run_native(name: str, dtype: torch.dtype, *arguments: Tensor | float | None, to: torch.dtype | None = None) -> None:
     """`Library.call` of a library that is known to be there."""
     loaded = library()
     assert loaded is not None
     loaded.call(name, dtype, *arguments, to=to)
 
 
-def ready() -> bool:
+def native_ready() -> bool:
     return library() is not None
 
 

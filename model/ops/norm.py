@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops import native
 from model.ops.backend import Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
 
 for op in ("norm", "activation"):
     declare(
         op,
-        Backend("native", frozenset(), native.WIDTHS, device="cpu", ready=native.ready),
+        Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
         Backend("torch", frozenset()),
     )
 BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache with its temporaries
@@ -75,7 +75,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -
 
 def _chosen_norm(x: Tensor, dtype: torch.dtype | None) -> type["_Norm"] | type["_NativeNorm"]:
     name = choose("norm", dtype=x.dtype, device=x.device).name
-    return _NativeNorm if name == "native" and (dtype or x.dtype) in native.WIDTHS else _Norm
+    return _NativeNorm if name == "native" and (dtype or x.dtype) in NATIVE_DTYPES else _Norm
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class _NativeNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype)
         scale = torch.empty(len(xs), groups)
         gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w)
-        native.call("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
+        run_native("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
         ctx.save_for_backward(x, z, weight, scale)
         ctx.gate, ctx.dtype = gate, dtype
         return out
@@ -173,35 +173,35 @@ class _NativeNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
         xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
-        dys = native.with_rows(_rows(dy))
+        dys = with_rows(_rows(dy))
         dx = torch.empty(x.shape, dtype=x.dtype)
         dz, dw = None if z is None else torch.empty(z.shape, dtype=z.dtype), torch.empty_like(w)
         gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w, scale, dys, dys.stride(0))
         sizes = (*xs.shape, scale.shape[1], ctx.gate)
-        native.call("norm_backward", x.dtype, *gated, dx, dz, dw, *sizes, to=ctx.dtype)
+        run_native("norm_backward", x.dtype, *gated, dx, dz, dw, *sizes, to=ctx.dtype)
         return dx, dz, dw.to(weight.dtype), None, None, None, None
 
 
 def _native_rows(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return native.with_rows(_rows(x)), None if z is None else native.with_rows(_rows(z))
+    return with_rows(_rows(x)), None if z is None else with_rows(_rows(z))
 
 
 class _NativeSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        gates, ups = (native.with_rows(_rows(v)) for v in (gate, up))
+        gates, ups = (with_rows(_rows(v)) for v in (gate, up))
         out = torch.empty(gate.shape, dtype=gate.dtype)
-        native.call("swiglu_forward", gate.dtype, gates, gates.stride(0), ups, ups.stride(0), out, *gates.shape)
+        run_native("swiglu_forward", gate.dtype, gates, gates.stride(0), ups, ups.stride(0), out, *gates.shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        gates, ups, dys = (native.with_rows(_rows(v)) for v in (*ctx.saved_tensors, dy))
+        gates, ups, dys = (with_rows(_rows(v)) for v in (*ctx.saved_tensors, dy))
         d_gate, d_up = (torch.empty(dy.shape, dtype=dy.dtype) for _ in range(2))
         read = (gates, gates.stride(0), ups, ups.stride(0), dys, dys.stride(0))
-        native.call("swiglu_backward", dy.dtype, *read, d_gate, d_up, dys.shape[1], *dys.shape)
+        run_native("swiglu_backward", dy.dtype, *read, d_gate, d_up, dys.shape[1], *dys.shape)
         return d_gate, d_up
 
 
@@ -224,16 +224,16 @@ class _NativeReLU2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        xs, out = native.with_rows(_rows(x)), torch.empty(x.shape, dtype=x.dtype)
-        native.call("relu2_forward", x.dtype, xs, xs.stride(0), out, *xs.shape)
+        xs, out = with_rows(_rows(x)), torch.empty(x.shape, dtype=x.dtype)
+        run_native("relu2_forward", x.dtype, xs, xs.stride(0), out, *xs.shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        (xs, dys), dx = (native.with_rows(_rows(v)) for v in (x, dy)), torch.empty(x.shape, dtype=x.dtype)
-        native.call("relu2_backward", x.dtype, xs, xs.stride(0), dys, dys.stride(0), dx, *xs.shape)
+        (xs, dys), dx = (with_rows(_rows(v)) for v in (x, dy)), torch.empty(x.shape, dtype=x.dtype)
+        run_native("relu2_backward", x.dtype, xs, xs.stride(0), dys, dys.stride(0), dx, *xs.shape)
         return dx
 
 

@@ -77,8 +77,9 @@ def peer_mamba2(quick: bool) -> Iterator[Reading]:
 
 
 def hf_nemotron_h(recipe: "Recipe") -> "nn.Module":
-    from model.hf.nemotron_h import configuration
     from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    from model.hf.nemotron_h import configuration
 
     values = configuration(recipe.model) | {"chunk_size": PEER_CHUNK, "use_cache": False}
     return _with_our_weights(NemotronHForCausalLM, NemotronHConfig(**values), recipe)
@@ -87,12 +88,15 @@ def hf_nemotron_h(recipe: "Recipe") -> "nn.Module":
 def hf_mamba2(recipe: "Recipe") -> "nn.Module":
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
+    from model.layers.mamba2 import Mamba2Config as OurConfig
+
     model = recipe.model
     layer = model.layers["M"]
+    assert isinstance(layer, OurConfig)
     config = Mamba2Config(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
-        num_hidden_layers=len(model.stack),
+        num_hidden_layers=len(model.stacked),
         num_heads=layer.n_heads(model.d_model),
         head_dim=layer.head_dim,
         state_size=layer.d_state,
@@ -117,7 +121,7 @@ def _with_our_weights(kind: Any, config: Any, recipe: "Recipe") -> "nn.Module":
 
     ours = HybridLM(recipe.model)
     initialise_model(ours, recipe.seed)
-    values = {}
+    values: dict[str, torch.Tensor] = {}
     for name, parameter in ours.named_parameters():
         logical = parameter.detach()[: ours.table()[name].shape[0]].clone()
         values |= dict(tensors(name, logical, recipe.model))

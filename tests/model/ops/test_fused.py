@@ -27,7 +27,7 @@ def installed(monkeypatch):
     monkeypatch.setattr(backend, "_declared", here)
     monkeypatch.setattr(backend, "_requested", {})
     monkeypatch.setattr(backend, "_chosen", {})
-    monkeypatch.setattr(Backend, "available", lambda self: True)
+    monkeypatch.setattr(Backend, "available", lambda self: self.ready is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv_kernel))
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=flash))
