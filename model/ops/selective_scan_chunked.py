@@ -1,0 +1,244 @@
+"""The selective scan in plain torch, block by block, with a backward of its own that recomputes instead of saving.
+
+The state of one token is too small to keep a processor busy and the states of a row are too large to keep, so a row
+goes through in blocks of Q tokens, of a few rows and channels, whose states fill a part of the cache:
+
+    a = exp(dt A), H = (dt x) B     whole blocks at once
+    H_t += a_t H_{t-1}              one addition of products per token
+    y = C H                         one matmul per block
+
+Decays are exponentials of one token's dt A, so that none overflows however long the row is. Saved for backward: the
+inputs and the state that enters each block. Backward computes a block's states again, then walks it in reverse:
+
+    G_t = C_t dy_t + a_{t+1} G_{t+1}         gradient of H_t
+    W_t = G_t a_t H_{t-1}                    gradient of dt_t A: gives those of dt and A
+
+Isolation between documents is exact: a_t is 0 where token t begins a document.
+
+Legend: B batch, T tokens, C channels, N state; q, b, c: tokens, rows and channels of a block. States are (N, C): the
+long axis last, along which everything is elementwise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.ops.blockwise import ACCELERATOR_BLOCK, LOG2_E, exp2_, least_exponent, wide_dtype
+
+STEP = 2**14  # elements of the states of one token of a block, on a CPU
+BLOCK = 2**17  # elements of the states of a block, on a CPU; four such tensors are at work in backward
+LONGEST = 64  # tokens of a block
+
+
+def selective_scan_chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    documents: Tensor | None,
+    initial_state: Tensor | None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in `model.ops.selective_scan.selective_scan`. chunk: tokens of a block, None for what
+    was measured to be fast; the result does not depend on it."""
+    wide = wide_dtype(x.dtype)
+    inputs = [x, dt.to(wide), A.to(wide), B, C, None if D is None else D.to(wide)]
+    differentiable = [v for v in (*inputs, initial_state) if v is not None and v.requires_grad]
+    keep = torch.is_grad_enabled() and bool(differentiable)
+    state = None if initial_state is None else initial_state.to(wide)
+    return _Scan.apply(*inputs, documents, state, chunk, keep)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of rows and of channels, which goes through all tokens by itself."""
+
+    rows: slice
+    channels: slice
+
+    def of(self, v: Tensor, span: slice) -> Tensor:
+        """(B, T, C) -> (q, b, c), a view."""
+        return v[self.rows, span, self.channels].transpose(0, 1)
+
+
+def _parts(x: Tensor, N: int) -> Iterator[_Part]:
+    B, _, C = x.shape
+    step = STEP if x.device.type == "cpu" else B * C * N
+    c = min(C, max(1, step // N))
+    b = min(B, max(1, step // (N * c)))
+    for row in range(0, B, b):
+        for channel in range(0, C, c):
+            yield _Part(slice(row, min(row + b, B)), slice(channel, min(channel + c, C)))
+
+
+def _block_tokens(x: Tensor, N: int) -> int:
+    B, T, C = x.shape
+    cpu = x.device.type == "cpu"
+    step = min(STEP, B * C * N) if cpu else B * C * N
+    return max(1, min(LONGEST, T, (BLOCK if cpu else ACCELERATOR_BLOCK) // step))
+
+
+def _continues(documents: Tensor) -> Tensor:
+    """(B, T) bool: the token sees the state before it. Index 0 continues the state that was passed in."""
+    before = torch.cat([torch.zeros_like(documents[:, :1]), documents[:, :-1]], 1)
+    return documents == before
+
+
+class _Block:
+    """The memory of the blocks of one shape, which stays warm from block to block, and its views, made once.
+
+    x, dt, dtx, y: (q, b, c). a: (q, b, N, c), decays. H: (q + 1, b, N, c), states, the one that enters first. G:
+    (q, b, N, c), their gradients; made for backward alone.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], wide: torch.dtype, device: torch.device, back: bool) -> None:
+        q, b, N, c = shape
+        self.x, self.dt, self.dtx, self.y = (torch.empty(q, b, c, dtype=wide, device=device) for _ in range(4))
+        self.a = torch.empty(shape, dtype=wide, device=device)
+        self.H = torch.empty(q + 1, b, N, c, dtype=wide, device=device)
+        self.before, self.after = self.H[:-1], self.H[1:]
+        self.first, self.last = self.H[0], self.H[-1]
+        self.spread = [v[:, :, None] for v in (self.dt, self.dtx)]
+        self.flat_H, self.flat_y = self.after.view(q * b, N, c), self.y.view(q * b, 1, c)
+        self.flat_dtx = self.dtx.view(q * b, 1, c)
+        decays, states = self.a.unbind(0), self.H.unbind(0)
+        self.steps = list(zip(states[1:], decays, states[:-1], strict=True))
+        if back:
+            self.G, self.dy = torch.empty_like(self.a), torch.empty_like(self.x)
+            self.flat_G, self.flat_dy = self.G.view(q * b, N, c), self.dy.view(q * b, 1, c)
+            self.flat_HT, self.flat_GT = self.flat_H.transpose(1, 2), self.flat_G.transpose(1, 2)
+            slopes = self.G.unbind(0)
+            self.steps_back = list(zip(slopes[:-1], decays[1:], slopes[1:], strict=True))[::-1]
+
+
+class _Rows:
+    """What the blocks of a call share."""
+
+    def __init__(self, x, dt, A, B, C, documents: Tensor | None, chunk: int, back: bool = False) -> None:
+        self.x, self.dt, self.wide, self.chunk, self.back = x, dt, dt.dtype, chunk, back
+        self.B, self.C = (v.to(self.wide).transpose(0, 1) for v in (B, C))  # (T, B, N)
+        self.A = A.t().contiguous()  # (N, C)
+        self.exponents = self.A * LOG2_E
+        self.continues = None if documents is None else _continues(documents)
+        self.on_cpu = x.device.type == "cpu"
+        # A look at the numbers is cheap on a CPU alone. What is not a number is not above the bound.
+        self.bounded = self.on_cpu and bool(dt.amax() * self.A.amin() > least_exponent(self.wide))
+        self.blocks: dict[tuple[int, int, int, int], _Block] = {}
+        self.spans = [slice(start, min(start + chunk, x.shape[1])) for start in range(0, x.shape[1], chunk)]
+
+    def broken(self, part: _Part) -> set[int]:
+        """The blocks inside which a document of these rows begins; elsewhere than on a CPU, where a look costs a wait,
+        all of them."""
+        if self.continues is None:
+            return set()
+        if not self.on_cpu:
+            return set(range(len(self.spans)))
+        begins = ~self.continues[part.rows].all(0)
+        return set((begins.nonzero().flatten() // self.chunk).tolist())
+
+    def block(self, part: _Part, span: slice, broken: bool, state: Tensor | None) -> _Block:
+        """The block's inputs, decays and states after `state` (b, N, c), None for zeros; overwrites the block before
+        it."""
+        x = part.of(self.x, span)
+        q, b, c = x.shape
+        shape = (q, b, self.A.shape[0], c)
+        block = self.blocks.get(shape)
+        if block is None:
+            block = self.blocks[shape] = _Block(shape, self.wide, x.device, self.back)
+        if state is None:
+            block.first.zero_()
+        else:
+            block.first.copy_(state)
+        block.x.copy_(x)
+        block.dt.copy_(part.of(self.dt, span))
+        torch.mul(block.x, block.dt, out=block.dtx)
+        dt, dtx = block.spread
+        torch.mul(dt, self.exponents[:, part.channels], out=block.a)
+        if self.bounded:
+            block.a.exp2_()
+        else:
+            exp2_(block.a)
+        if broken:
+            assert self.continues is not None
+            block.a.mul_(self.continues[part.rows, span].t()[..., None, None])
+        torch.mul(dtx, self.B[span, part.rows, :, None], out=block.after)
+        for after, decay, before in block.steps:
+            after.addcmul_(decay, before)
+        return block
+
+    def flat(self, v: Tensor, part: _Part, span: slice) -> Tensor:
+        """(T, B, N) -> (q b, 1, N)."""
+        return v[span, part.rows].reshape(-1, 1, v.shape[2])
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, documents, initial_state, chunk: int | None, keep: bool):
+        (b, T, c), N = x.shape, A.shape[1]
+        chunk = min(chunk or _block_tokens(x, N), T)
+        rows = _Rows(x, dt, A, B, C, documents, chunk)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        entering = torch.empty(len(rows.spans) if keep else 0, b, N, c, dtype=dt.dtype, device=x.device)
+        final = torch.empty(b, c, N, dtype=dt.dtype, device=x.device)
+        for part in _parts(x, N):
+            broken, state = rows.broken(part), None
+            if initial_state is not None:
+                state = initial_state[part.rows, part.channels].transpose(1, 2)
+            for number, span in enumerate(rows.spans):
+                block = rows.block(part, span, number in broken, state)
+                if keep:
+                    entering[number, part.rows, :, part.channels] = block.first
+                torch.bmm(rows.flat(rows.C, part, span), block.flat_H, out=block.flat_y)
+                if D is not None:
+                    block.y.addcmul_(block.x, D[part.channels])
+                part.of(y, span).copy_(block.y)
+                state = block.last
+            final[part.rows, part.channels] = state.transpose(1, 2)
+        ctx.save_for_backward(x, dt, A, B, C, D, documents, entering)
+        ctx.chunk, ctx.from_state = chunk, initial_state is not None
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_final):
+        x, dt, A, B, C, D, documents, entering = ctx.saved_tensors
+        rows = _Rows(x, dt, A, B, C, documents, ctx.chunk, back=True)
+        numbered = list(enumerate(rows.spans))
+        dx, d_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, dt))
+        dA, dB, dC = (torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in (rows.A, rows.B, rows.C))
+        dD = None if D is None else torch.zeros_like(D)
+        d_initial = torch.empty(d_final.shape, dtype=dt.dtype, device=dt.device) if ctx.from_state else None
+        for part in _parts(x, A.shape[1]):
+            broken = rows.broken(part)
+            d_state = d_final[part.rows, part.channels].transpose(1, 2).contiguous()
+            for number, span in reversed(numbered):
+                block = rows.block(part, span, number in broken, entering[number, part.rows, :, part.channels])
+                block.dy.copy_(part.of(dy, span))
+                torch.mul(block.dy[:, :, None], rows.C[span, part.rows, :, None], out=block.G)
+                block.G[-1] += d_state
+                for slope, decay, after in block.steps_back:
+                    slope.addcmul_(decay, after)
+                # As rows times transposed matrices: a tenth of the time of matrices times columns.
+                N = A.shape[1]
+                dC[span, part.rows] += torch.bmm(block.flat_dy, block.flat_HT).view(-1, len(d_state), N)
+                dB[span, part.rows] += torch.bmm(block.flat_dtx, block.flat_GT).view(-1, len(d_state), N)
+                torch.bmm(rows.flat(rows.B, part, span), block.flat_G, out=block.flat_y)
+                torch.mul(block.G[0], block.a[0], out=d_state)
+                W = block.G.mul_(block.a).mul_(block.before)
+                torch.sum(torch.mul(W, rows.A[:, part.channels], out=block.a), 2, out=block.dtx)
+                part.of(d_dt, span).copy_(block.dtx.addcmul_(block.y, block.x))
+                dA[:, part.channels] += W.mul_(block.spread[0]).sum((0, 1))
+                block.y.mul_(block.dt)
+                if D is not None:
+                    block.y.addcmul_(block.dy, D[part.channels])
+                    dD[part.channels] += block.dy.mul_(block.x).sum((0, 1))
+                part.of(dx, span).copy_(block.y)
+            if d_initial is not None:
+                d_initial[part.rows, part.channels] = d_state.transpose(1, 2)
+        dB, dC = dB.transpose(0, 1).to(B.dtype), dC.transpose(0, 1).to(C.dtype)
+        return dx, d_dt, dA.t(), dB, dC, dD, None, d_initial, None, None
