@@ -9,8 +9,6 @@ a step of the recurrence. On CUDA it takes mamba-ssm's kernel where it is instal
 Legend: B batch, T tokens, C channels, N state per channel.
 """
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ declare(
         module="mamba_ssm",
         device="cuda",
     ),
-    Backend("triton", _ALL, HALVES | {torch.float32}, module="triton", device="cuda"),
+    Backend("triton", _ALL, HALVES | {torch.float32}, module="triton", device="cuda", capability=(8, 0)),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -77,13 +75,15 @@ def selective_scan(
     name = choose(
         "selective_scan", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=x.dtype, device=x.device
     ).name
+    state: Tensor | None
     if name in ("reference", prefer):
         y, state = selective_scan_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
         y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, return_state)
     elif name == "triton":
-        triton = import_module("model.ops.selective_scan_triton")
-        y, state = triton.selective_scan_triton(x, dt, A, B, C, D, documents, initial_state)
+        from model.ops.selective_scan_triton import selective_scan_triton
+
+        y, state = selective_scan_triton(x, dt, A, B, C, D, documents, initial_state)
     else:
         y, state = selective_scan_chunked(x, dt, A, B, C, D, documents, initial_state, chunk)
     return y, state if return_state else None
@@ -148,9 +148,7 @@ def selective_scan_reference(
     return torch.stack(ys, 1), state
 
 
-def _mamba_ssm(
-    x, dt, A, B, C, D, documents, initial_state, return_state: bool
-) -> tuple[Tensor, Tensor | None]:
+def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, return_state: bool) -> tuple[Tensor, Tensor | None]:
     """mamba-ssm's kernel knows neither documents nor an initial state, and gives no gradient to the final one. All
     three are said in tokens between the row's own:
 
@@ -205,7 +203,7 @@ def _with_resets(row: list[Tensor], documents: Tensor) -> tuple[list[Tensor], Te
 def _entry(state: Tensor, A: Tensor) -> list[Tensor]:
     """x, dt, B, C of the N tokens after which the state is `state` (B, C, N). Number n is written by token n and decays
     over the N - 1 - n tokens after it, so that it is written as much larger."""
-    b, c, N = state.shape
+    b, _, N = state.shape
     after = torch.arange(N - 1, -1, -1, device=A.device, dtype=A.dtype)
     x = (state * torch.exp(-ENTRY_DT * after * A) / ENTRY_DT).transpose(1, 2)
     unit = torch.eye(N, dtype=A.dtype, device=A.device).expand(b, N, N)

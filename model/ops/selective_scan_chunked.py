@@ -28,9 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.blockwise import ACCELERATOR_BLOCK, LOG2_E, exp2_, least_exponent, wide_dtype
 
-STEP = 2**14  # elements of the states of one token of a block, on a CPU
-BLOCK = 2**17  # elements of the states of a block, on a CPU; four such tensors are at work in backward
-LONGEST = 64  # tokens of a block
+STEP = 2**15  # elements of the states of one token of a block, on a CPU
+BLOCK = 2**19  # elements of the states of a block, on a CPU; three such tensors are at work in backward
+LONGEST = 128  # tokens of a block
 
 
 def selective_scan_chunked(
@@ -50,8 +50,9 @@ def selective_scan_chunked(
     inputs = [x, dt.to(wide), A.to(wide), B, C, None if D is None else D.to(wide)]
     differentiable = [v for v in (*inputs, initial_state) if v is not None and v.requires_grad]
     keep = torch.is_grad_enabled() and bool(differentiable)
-    state = None if initial_state is None else initial_state.to(wide)
-    return _Scan.apply(*inputs, documents, state, chunk, keep)
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=wide)
+    return _Scan.apply(*inputs, documents, initial_state.to(wide), chunk, keep)
 
 
 @dataclass(frozen=True)
@@ -92,32 +93,61 @@ def _continues(documents: Tensor) -> Tensor:
 class _Block:
     """The memory of the blocks of one shape, which stays warm from block to block, and its views, made once.
 
-    x, dt, dtx, y: (q, b, c). a: (q, b, N, c), decays. H: (q + 1, b, N, c), states, the one that enters first. G:
-    (q, b, N, c), their gradients; made for backward alone.
+    x, dtx, y: (q, b, c), the latter for results. dt: the same, a view of the call's own. a: (q, b, N, c), decays. H:
+    (q + 1, b, N, c), states, the one that enters first. G: (q, b, N, c), their gradients, and dy: for backward alone.
+    Flat: with tokens and rows as one dimension of matmuls.
     """
+
+    dt: Tensor
 
     def __init__(self, shape: tuple[int, int, int, int], wide: torch.dtype, device: torch.device, back: bool) -> None:
         q, b, N, c = shape
-        self.x, self.dt, self.dtx, self.y = (torch.empty(q, b, c, dtype=wide, device=device) for _ in range(4))
+        self.x, self.dtx, self.y = (torch.empty(q, b, c, dtype=wide, device=device) for _ in range(3))
         self.a = torch.empty(shape, dtype=wide, device=device)
         self.H = torch.empty(q + 1, b, N, c, dtype=wide, device=device)
         self.before, self.after = self.H[:-1], self.H[1:]
         self.first, self.last = self.H[0], self.H[-1]
-        self.spread = [v[:, :, None] for v in (self.dt, self.dtx)]
         self.flat_H, self.flat_y = self.after.view(q * b, N, c), self.y.view(q * b, 1, c)
-        self.flat_dtx = self.dtx.view(q * b, 1, c)
         decays, states = self.a.unbind(0), self.H.unbind(0)
         self.steps = list(zip(states[1:], decays, states[:-1], strict=True))
         if back:
             self.G, self.dy = torch.empty_like(self.a), torch.empty_like(self.x)
             self.flat_G, self.flat_dy = self.G.view(q * b, N, c), self.dy.view(q * b, 1, c)
-            self.flat_HT, self.flat_GT = self.flat_H.transpose(1, 2), self.flat_G.transpose(1, 2)
+            self.flat_a, self.flat_dtx = self.a.view(q * b, N, c), self.dtx.view(q * b, 1, c)
+            self.ones = self.a.new_ones(1, 1, N).expand(q * b, 1, N)
             slopes = self.G.unbind(0)
             self.steps_back = list(zip(slopes[:-1], decays[1:], slopes[1:], strict=True))[::-1]
 
+    def scan(self, B: Tensor) -> None:
+        """H after H[0]. B: (q, b, N)."""
+        torch.mul(self.dtx[:, :, None], B[..., None], out=self.after)
+        for state, decay, before in self.steps:
+            state.addcmul_(decay, before)
+
+    def scan_back(self, C: Tensor, d_after: Tensor) -> None:
+        """G. C: (q, b, N). d_after: (b, N, c), the gradient of the last state that later blocks ask for."""
+        torch.mul(self.dy[:, :, None], C[..., None], out=self.G)
+        self.G[-1] += d_after
+        for slope, decay, after in self.steps_back:
+            slope.addcmul_(decay, after)
+
+    def over_channels(self, v: Tensor, states: Tensor) -> Tensor:
+        """Sum over the channels of v (q b, 1, c) states (q b, N, c): (q, b, N)."""
+        # As a row times a transposed matrix: a tenth of the time of the matrix times a column.
+        return torch.bmm(v, states.transpose(1, 2)).view(self.a.shape[:3])
+
+    def into_dt_and_A(self, A: Tensor, d_dt: Tensor, dA: Tensor) -> None:
+        """W, from which it writes d_dt (q, b, c) and adds to dA (N, c). y holds the gradient of dt x. Uses up a, G and
+        dtx."""
+        W = self.G.mul_(self.a).mul_(self.before)
+        torch.mul(W, A, out=self.a)
+        torch.bmm(self.ones, self.flat_a, out=self.flat_dtx)  # a sum over N, faster than `sum`
+        d_dt.copy_(self.dtx.addcmul_(self.y, self.x))
+        dA += W.mul_(self.dt[:, :, None]).sum((0, 1))
+
 
 class _Rows:
-    """What the blocks of a call share."""
+    """What the blocks of a call share. bounded: no decay is so strong that `exp2_` would bound it."""
 
     def __init__(self, x, dt, A, B, C, documents: Tensor | None, chunk: int, back: bool = False) -> None:
         self.x, self.dt, self.wide, self.chunk, self.back = x, dt, dt.dtype, chunk, back
@@ -141,24 +171,19 @@ class _Rows:
         begins = ~self.continues[part.rows].all(0)
         return set((begins.nonzero().flatten() // self.chunk).tolist())
 
-    def block(self, part: _Part, span: slice, broken: bool, state: Tensor | None) -> _Block:
-        """The block's inputs, decays and states after `state` (b, N, c), None for zeros; overwrites the block before
-        it."""
+    def block(self, part: _Part, span: slice, broken: bool, state: Tensor) -> _Block:
+        """The block after `state` (b, N, c): inputs, decays, states. Overwrites the block before it."""
         x = part.of(self.x, span)
         q, b, c = x.shape
         shape = (q, b, self.A.shape[0], c)
         block = self.blocks.get(shape)
         if block is None:
             block = self.blocks[shape] = _Block(shape, self.wide, x.device, self.back)
-        if state is None:
-            block.first.zero_()
-        else:
-            block.first.copy_(state)
+        block.first.copy_(state)
         block.x.copy_(x)
-        block.dt.copy_(part.of(self.dt, span))
+        block.dt = part.of(self.dt, span)
         torch.mul(block.x, block.dt, out=block.dtx)
-        dt, dtx = block.spread
-        torch.mul(dt, self.exponents[:, part.channels], out=block.a)
+        torch.mul(block.dt[:, :, None], self.exponents[:, part.channels], out=block.a)
         if self.bounded:
             block.a.exp2_()
         else:
@@ -166,9 +191,7 @@ class _Rows:
         if broken:
             assert self.continues is not None
             block.a.mul_(self.continues[part.rows, span].t()[..., None, None])
-        torch.mul(dtx, self.B[span, part.rows, :, None], out=block.after)
-        for after, decay, before in block.steps:
-            after.addcmul_(decay, before)
+        block.scan(self.B[span, part.rows])
         return block
 
     def flat(self, v: Tensor, part: _Part, span: slice) -> Tensor:
@@ -186,9 +209,8 @@ class _Scan(torch.autograd.Function):
         entering = torch.empty(len(rows.spans) if keep else 0, b, N, c, dtype=dt.dtype, device=x.device)
         final = torch.empty(b, c, N, dtype=dt.dtype, device=x.device)
         for part in _parts(x, N):
-            broken, state = rows.broken(part), None
-            if initial_state is not None:
-                state = initial_state[part.rows, part.channels].transpose(1, 2)
+            broken = rows.broken(part)
+            state = initial_state[part.rows, part.channels].transpose(1, 2)
             for number, span in enumerate(rows.spans):
                 block = rows.block(part, span, number in broken, state)
                 if keep:
@@ -200,7 +222,7 @@ class _Scan(torch.autograd.Function):
                 state = block.last
             final[part.rows, part.channels] = state.transpose(1, 2)
         ctx.save_for_backward(x, dt, A, B, C, D, documents, entering)
-        ctx.chunk, ctx.from_state = chunk, initial_state is not None
+        ctx.chunk = chunk
         return y, final
 
     @staticmethod
@@ -212,33 +234,24 @@ class _Scan(torch.autograd.Function):
         dx, d_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, dt))
         dA, dB, dC = (torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in (rows.A, rows.B, rows.C))
         dD = None if D is None else torch.zeros_like(D)
-        d_initial = torch.empty(d_final.shape, dtype=dt.dtype, device=dt.device) if ctx.from_state else None
+        d_initial = torch.empty(d_final.shape, dtype=dt.dtype, device=dt.device)
         for part in _parts(x, A.shape[1]):
             broken = rows.broken(part)
-            d_state = d_final[part.rows, part.channels].transpose(1, 2).contiguous()
+            d_state = d_final[part.rows, part.channels].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             for number, span in reversed(numbered):
                 block = rows.block(part, span, number in broken, entering[number, part.rows, :, part.channels])
                 block.dy.copy_(part.of(dy, span))
-                torch.mul(block.dy[:, :, None], rows.C[span, part.rows, :, None], out=block.G)
-                block.G[-1] += d_state
-                for slope, decay, after in block.steps_back:
-                    slope.addcmul_(decay, after)
-                # As rows times transposed matrices: a tenth of the time of matrices times columns.
-                N = A.shape[1]
-                dC[span, part.rows] += torch.bmm(block.flat_dy, block.flat_HT).view(-1, len(d_state), N)
-                dB[span, part.rows] += torch.bmm(block.flat_dtx, block.flat_GT).view(-1, len(d_state), N)
-                torch.bmm(rows.flat(rows.B, part, span), block.flat_G, out=block.flat_y)
+                block.scan_back(rows.C[span, part.rows], d_state)
+                dC[span, part.rows] += block.over_channels(block.flat_dy, block.flat_H)
+                dB[span, part.rows] += block.over_channels(block.flat_dtx, block.flat_G)
+                torch.bmm(rows.flat(rows.B, part, span), block.flat_G, out=block.flat_y)  # of dt x
                 torch.mul(block.G[0], block.a[0], out=d_state)
-                W = block.G.mul_(block.a).mul_(block.before)
-                torch.sum(torch.mul(W, rows.A[:, part.channels], out=block.a), 2, out=block.dtx)
-                part.of(d_dt, span).copy_(block.dtx.addcmul_(block.y, block.x))
-                dA[:, part.channels] += W.mul_(block.spread[0]).sum((0, 1))
+                block.into_dt_and_A(rows.A[:, part.channels], part.of(d_dt, span), dA[:, part.channels])
                 block.y.mul_(block.dt)
-                if D is not None:
+                if D is not None and dD is not None:
                     block.y.addcmul_(block.dy, D[part.channels])
                     dD[part.channels] += block.dy.mul_(block.x).sum((0, 1))
                 part.of(dx, span).copy_(block.y)
-            if d_initial is not None:
-                d_initial[part.rows, part.channels] = d_state.transpose(1, 2)
+            d_initial[part.rows, part.channels] = d_state.transpose(1, 2)
         dB, dC = dB.transpose(0, 1).to(B.dtype), dC.transpose(0, 1).to(C.dtype)
         return dx, d_dt, dA.t(), dB, dC, dD, None, d_initial, None, None
