@@ -5,6 +5,7 @@ import torch
 from model.config import ModelConfig
 from model.hybrid import HybridLM, Precision, initialise_model
 from model.layers.attention import AttentionConfig
+from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.ops.rope import Llama3Scaling, NTKScaling, YarnScaling
@@ -38,6 +39,11 @@ EXAMPLES: dict[str, LayerConfig] = {
     ),
     "relu": MLPConfig(d_hidden=48, activation="relu", gated=False),
     "gated gelu": MLPConfig(d_hidden=48, activation="gelu_tanh"),
+    "mamba": MambaConfig(d_state=4),
+    "mamba with inner norms": MambaConfig(
+        expand=1.5, d_state=3, dt_rank=5, d_conv=3, conv_bias=False, inner_norms=True
+    ),
+    "mamba in small blocks": MambaConfig(d_state=8, dt_rank=1, d_conv=2, chunk=5),
 }
 
 assert {example.kind for example in EXAMPLES.values()} == set(KINDS), "every registered kind needs an example"
