@@ -78,7 +78,7 @@ def test_derived_numbers():
         ("training.learning_rate=1.0", "training.learning_rate: unknown key; did you mean optimizer.learning_rate?"),
         ("trainign.tokens=1", "trainign: unknown key; did you mean training?"),
         ("training.backends.ssd=cuda", "training.backends.ssd: got 'cuda', wants auto or one of mamba_ssm, native"),
-        ("training.backends.sdd=torch", "training.backends.sdd: got 'torch' for an unknown op, wants one of activation"),
+        ("training.backends.sdd=torch", "training.backends.sdd: got 'torch' for an unknown op, wants one of activ"),
         ("parallel.zero_stage=4", "parallel.zero_stage: got 4, wants one of 0, 1, 2, 3"),
         ("parallel.device=gpu", "parallel.device: got 'gpu', wants one of auto, cpu, cuda"),
         ("parallel.buckets.live=0", "parallel.buckets.live: got 0, wants a positive number of elements"),
