@@ -6,10 +6,11 @@ A new kind is one file in `model/layers/` and one member here.
 from typing import get_args
 
 from model.layers.attention import AttentionConfig
+from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 
-LayerConfig = Mamba2Config | AttentionConfig | MLPConfig
+LayerConfig = Mamba2Config | MambaConfig | AttentionConfig | MLPConfig
 
 KINDS: dict[str, type] = {member.kind: member for member in get_args(LayerConfig)}
 """Name of a kind, as a recipe writes it, to its config class."""

@@ -5,6 +5,7 @@ import torch
 from model.config import ModelConfig
 from model.hybrid import HybridLM, Precision, initialise_model
 from model.layers.attention import AttentionConfig
+from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.ops.rope import Llama3Scaling, NTKScaling, YarnScaling
@@ -16,6 +17,11 @@ EXAMPLES: dict[str, LayerConfig] = {
     "mamba2": Mamba2Config(head_dim=8, d_state=16, chunk=8),
     "mamba2 in groups": Mamba2Config(head_dim=8, d_state=8, n_groups=4, chunk=16, conv_bias=False, d_conv=3),
     "mamba2 with limits": Mamba2Config(head_dim=16, d_state=8, chunk=5, dt_limit=(0.01, 0.05)),
+    "mamba": MambaConfig(d_state=4),
+    "mamba with inner norms": MambaConfig(
+        expand=1.5, d_state=3, dt_rank=5, d_conv=3, conv_bias=False, inner_norms=True
+    ),
+    "mamba in small blocks": MambaConfig(d_state=8, dt_rank=1, d_conv=2, chunk=5),
     "attention": AttentionConfig(n_heads=4),
     "attention without positions": AttentionConfig(n_heads=4, n_kv_heads=2, rope_theta=None),
     "sliding window": AttentionConfig(n_heads=4, n_kv_heads=1, window=6),

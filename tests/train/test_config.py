@@ -95,7 +95,7 @@ def test_derived_numbers():
         ("optimizer.kind=sgd", "optimizer.kind: got 'sgd', wants adamw"),
         ("name=a/b", "name: got 'a/b', wants a folder name of letters, digits, '.', '_' and '-'"),
         ("seed=-1", "seed: got -1, wants an integer that is not negative"),
-        ("model.layers.M.kind=mamba", "model.layers.M.kind: got 'mamba', wants one of mamba2, attention, mlp; did you"),
+        ("model.layers.M.kind=mamba3", "model.layers.M.kind: got 'mamba3', wants one of mamba2, "),
         ("model.layers.M.d_stat=1", "model.layers.M.d_stat: unknown key for kind mamba2; did you mean"),
         ("model.layers.M.head_dim=7", "model.layers.M.head_dim: got 7, wants a divisor of the inner width 64"),
         ("model.pattern=MX", "model.pattern: 'M>>X<<': unknown letter; the recipe names 'M', 'W', '-'"),
