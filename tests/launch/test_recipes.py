@@ -10,7 +10,7 @@ import torch
 from data.prepare import open_prepared
 from launch.recipes import FOLDER, find_recipe, shipped
 from model.hybrid import HybridLM, initialise_model, model_table, parameter_count
-from model.params import count_parameters, local_layout
+from model.params import Normal, Uniform, count_parameters, local_layout
 from tests.launch.published import DEFINED, PUBLISHED
 from tests.train.runs import braid, curve, write_corpus
 from train.config import Recipe, load_recipe
@@ -67,6 +67,28 @@ def test_attention_stands_where_it_is_published():
     assert [place // 2 for place in places("jamba-52b", "*")] == [4, 12, 20, 28]
     before_mamba = [load("zamba2-2.7b").model.stack[:place].count("M") for place in places("zamba2-2.7b", "A")]
     assert before_mamba == [6, 18, 30, 42, 51]
+
+
+def test_initial_values_are_the_published_ones():
+    """Mamba's harness keeps torch's uniform matrices, Megatron draws normal ones; both make output projections smaller
+    by the square root of the number of layers."""
+    table = model_table(load("samba-421m").model)
+    deep = 24**-0.5
+    assert table["embedding.weight"].init == Normal(0.02)
+    projections = (
+        (0, "in_proj", 1536, 1.0),
+        (0, "out_proj", 3072, deep),
+        (1, "down", 4096, deep),
+        (2, "out", 1536, deep),
+    )
+    for block, name, fan_in, factor in projections:
+        init = table[f"blocks.{block}.mixer.{name}.weight"].init
+        assert isinstance(init, Uniform) and init.low == -init.high
+        assert init.high == pytest.approx(factor * fan_in**-0.5)
+    table = model_table(load("mamba2-hybrid-8b").model)
+    assert table["blocks.1.mixer.up.weight"].init == Normal(0.02)
+    init = table["blocks.1.mixer.down.weight"].init
+    assert isinstance(init, Normal) and init.std == pytest.approx(0.02 * 56**-0.5)
 
 
 @pytest.fixture(scope="module")
