@@ -9,6 +9,7 @@ import torch
 
 from data.prepare import open_prepared
 from launch.recipes import FOLDER, find_recipe, shipped
+from model.hf.nemotron_h import obstacle
 from model.hybrid import HybridLM, initialise_model, model_table, parameter_count
 from model.params import Normal, Uniform, count_parameters, local_layout
 from tests.launch.published import DEFINED, PUBLISHED
@@ -67,6 +68,11 @@ def test_attention_stands_where_it_is_published():
     assert [place // 2 for place in places("jamba-52b", "*")] == [4, 12, 20, 28]
     before_mamba = [load("zamba2-2.7b").model.stack[:place].count("M") for place in places("zamba2-2.7b", "A")]
     assert before_mamba == [6, 18, 30, 42, 51]
+
+
+@pytest.mark.parametrize("name", ["nemotron-h-8b", "tiny-nemotron-h"])
+def test_nemotron_h_can_be_exported_as_the_native_class(name: str):
+    assert obstacle(load(name).model) is None
 
 
 def test_initial_values_are_the_published_ones():
