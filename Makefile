@@ -1,4 +1,4 @@
-# make setup | test | test-all | quickstart | clean. Each makes what it needs; nothing is installed twice.
+# make setup | peers | check | test | test-all | quickstart | clean. Each makes what it needs; nothing is installed twice.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
@@ -6,9 +6,10 @@ TORCH := torch==2.13.0
 LOCK := launch/requirements.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q
+PEERS := .venv/peers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: setup check test test-all quickstart clean
+.PHONY: setup check peers test test-all quickstart clean
 
 setup: .venv/ready
 
@@ -31,15 +32,26 @@ setup: .venv/ready
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Packages that only some tests may see, in a folder of their own (see the list). Without them those tests skip, so what
+# cannot be fetched or built is no error.
+peers: .venv/installed
+	@cmp -s tests/peers.txt $(PEERS)/installed.txt || { \
+		echo "peers: installing the packages of tests/peers.txt into $(PEERS)"; \
+		rm -rf $(PEERS); \
+		MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+			$(PIP) --no-deps --no-build-isolation --target $(PEERS) -r tests/peers.txt \
+			&& cp tests/peers.txt $(PEERS)/installed.txt \
+			|| { rm -rf $(PEERS); echo "peers: not installed; the tests of Triton kernels skip"; }; }
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+test: check peers
 	$(PYTEST) -m "not slow"
 
-test-all: check
+test-all: check peers
 	$(PYTEST)
 
 quickstart: setup

@@ -88,13 +88,15 @@ class ParallelConfig:
     device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
     optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
     rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
-    buckets: sizes of DeepSpeed's buffers, in elements.
+    interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
+    that NCCL chooses. buckets: sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = 1
     timeout_s: float = 1800.0
     stall_s: float = 900.0
+    interface: str | None = None
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.mistakes import describe
+from train.network import choose_interface
 
 T = TypeVar("T")
 
@@ -138,11 +139,11 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def open_mesh(device: str = "auto", *, timeout_s: float = 1800) -> Mesh:
+def open_mesh(device: str = "auto", *, timeout_s: float = 1800, interface: str | None = None) -> Mesh:
     """Joins the ranks that torchrun or srun started, or is the only one.
 
     Tensors on a GPU travel by NCCL, those on the CPU by gloo, in one process group. A collective that takes longer
-    than `timeout_s` fails.
+    than `timeout_s` fails. interface: the network interface to talk through, see `train/network.py`.
     """
     chosen = choose_device(device)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -150,6 +151,7 @@ def open_mesh(device: str = "auto", *, timeout_s: float = 1800) -> Mesh:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     _ranks_of_slurm()
+    choose_interface(interface)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 WAIT_FOR_REASON_S = 2.0
+VERDICT = "BRAID_VERDICT"
+"""Names the file for exit codes that no restart would change; set by a launcher."""
 
 
 def report(message: str, *, survivor: bool = False) -> None:
@@ -16,11 +18,32 @@ def report(message: str, *, survivor: bool = False) -> None:
     another rank's death, which may be rank 0's."""
     line = f"braid: error: {message}"
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report and "BRAID_LAUNCHER" in os.environ:
+    launched = "BRAID_LAUNCHER" in os.environ
+    if report and launched:
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
         Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
-    elif survivor or os.environ.get("RANK", "0") == "0":
+    if (not report or not launched or _restarted()) and (survivor or os.environ.get("RANK", "0") == "0"):
         print(line, file=sys.stderr)
+
+
+def _restarted() -> bool:
+    """Whether the launcher starts failed ranks again, and so keeps their words to itself."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def final(code: int) -> int:
+    """What a rank exits with that has come to `code`, which a restart would not change (a mistake, a stop, a run that
+    diverges): itself, or 0 after leaving it to a launcher that would start it again."""
+    if code != 0 and VERDICT in os.environ and _restarted():
+        Path(os.environ[VERDICT]).write_text(str(code))
+        return 0
+    return code
+
+
+def read_verdict() -> int:
+    """The exit code that the ranks of this launcher left, 0 if none did."""
+    path = Path(os.environ[VERDICT])
+    return int(path.read_text()) if path.exists() else 0
 
 
 def explained() -> bool:

@@ -192,7 +192,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     """Opens or resumes the run of `recipe` on this rank. Raises ValueError for a user's mistake."""
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        mesh = stack.enter_context(open_mesh(recipe.parallel.device, timeout_s=recipe.parallel.timeout_s))
+        layout = recipe.parallel
+        mesh = stack.enter_context(open_mesh(layout.device, timeout_s=layout.timeout_s, interface=layout.interface))
         say = partial(report, survivor=True)
         watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
         stack.enter_context(watch.naming_the_dead())

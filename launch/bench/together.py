@@ -20,11 +20,11 @@ Work = Callable[[int, int, Any], Iterator[None]]
 def rounds(size: int, work: str, argument: Any) -> Iterator[Reading]:
     """Seconds that `size` processes take for a round, from the word to the last answer."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.NamedTemporaryFile(prefix="braid-bench-") as store:
+    with tempfile.TemporaryDirectory(prefix="braid-bench-") as store:
         pipes, processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, size, work, argument, store.name, theirs), daemon=True)
+            process = context.Process(target=_rank, args=(rank, size, work, argument, store, theirs), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -56,7 +56,7 @@ def _rank(rank: int, size: int, work: str, argument: Any, store: str, pipe: Conn
 
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}.ranks", rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"file://{store}/ranks", rank=rank, world_size=size)
         module, name = work.split(":")
         share = getattr(importlib.import_module(module), name)(rank, size, argument)
         next(share)

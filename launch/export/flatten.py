@@ -3,7 +3,8 @@
 transformers copies `modeling_*.py` and the files that it imports as `from .name import ...`, all in one folder, and
 refuses a file with an import that is missing, unless a `try` stands around it. So module paths become file names
 (`model.ops.ssd` -> `braid_ops_ssd.py`), imports become relative, fused kernels (imported where they are called) are
-wrapped, and the registry is written anew with the layer kinds of this braid alone. The code itself stays as it is.
+wrapped, as Triton is in the files of our own kernels (imported where they are called), and the registry is written
+anew with the layer kinds of this braid alone. The code itself stays as it is.
 """
 
 import ast
@@ -70,9 +71,14 @@ def rewrite(source: str, module: str) -> tuple[str, list[str]]:
             first = node.lineno - 1
             lines[first] = lines[first].replace(f"from {name} import", f"from .{flat_name(name)} import", 1)
         elif name.split(".")[0] not in ALLOWED:
-            assert node.col_offset, f"{module}: {name} must be imported where it is called"
+            assert node.col_offset or _is_kernels(module), f"{module}: {name} must be imported where it is called"
             _wrap(lines, node)
     return "".join(lines), needs
+
+
+def _is_kernels(module: str) -> bool:
+    """Whether it is a file of Triton kernels, which needs Triton at its import."""
+    return module.endswith("_triton")
 
 
 def _wrap(lines: list[str], node: ast.Import | ast.ImportFrom) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
 from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_spec, require
-from model.ops.norm import swiglu
+from model.ops.norm import relu2, swiglu
 from model.params import Block, ParamSpec, Table, allocate_table, split_evenly
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -21,7 +21,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 def activate(name: Activation, x: Tensor) -> Tensor:
     """The activation of that name, elementwise, in x's dtype."""
     if name == "relu2":
-        return F.relu(x).square()
+        return relu2(x)
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
     return F.silu(x) if name == "silu" else F.relu(x)

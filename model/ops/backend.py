@@ -5,7 +5,7 @@ A backend that the user named is never replaced by another one: if it is missing
 an error. `auto` takes the first backend, in the op's order of preference, that is available and can do it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -22,8 +22,8 @@ class Backend:
 
     can: the features it has, out of the op's own words ("documents", "initial_state", ...). dtypes: of the op's main
     input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module:
-    the package it imports, None for plain torch. device: "cuda", or "any". capability: the least CUDA compute
-    capability.
+    the package it imports, None for plain torch. device: "cuda", "cpu" or "any". capability: the least CUDA compute
+    capability. ready: whether what else it needs is here.
     """
 
     name: str
@@ -33,10 +33,12 @@ class Backend:
     module: str | None = None
     device: str = "any"
     capability: tuple[int, int] | None = None
+    ready: Callable[[], bool] | None = None
 
     def available(self) -> bool:
-        """Its package can be imported and its device exists here."""
-        return _importable(self.module) and (self.device == "any" or torch.cuda.is_available())
+        """Its package can be imported, its device exists here, and it is ready."""
+        there = self.device != "cuda" or torch.cuda.is_available()
+        return there and _importable(self.module) and (self.ready is None or self.ready())
 
     def lacks(self, needs: Iterable[str], sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> str:
         """Why it cannot serve this call, in words; empty if it can."""
@@ -127,6 +129,7 @@ def choose(
         backend = next(b for b in backends if b.name == name)
         if not backend.available():
             wants = f"the package {backend.module}" if backend.module else "a CUDA device"
+            wants = wants if backend.ready is None else "a C++ compiler (and BRAID_NATIVE unset)"
             raise ValueError(f"{op}: backend {name!r} needs {wants}, which is missing here; install it or use auto")
         if reason := backend.lacks(needs, sizes, dtype, device):
             raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}; use auto or another backend")

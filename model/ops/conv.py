@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
 
 _ALL = frozenset({"documents", "state", "documents with state"})
 declare(
@@ -25,6 +26,23 @@ declare(
         {"taps": range(2, 5), "channels": range(8, 2**31, 8)},
         module="causal_conv1d",
         device="cuda",
+    ),
+    Backend(
+        "triton",
+        _ALL,
+        HALVES | {torch.float32},
+        {"taps": range(1, 17)},
+        module="triton",
+        device="cuda",
+        capability=(8, 0),
+    ),
+    Backend(
+        "native",
+        frozenset({"documents"}),
+        NATIVE_DTYPES,
+        {"taps": range(1, 17)},
+        device="cpu",
+        ready=native_ready,
     ),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
@@ -69,6 +87,12 @@ def causal_conv(
         y = causal_conv_reference(x, weight, bias, documents, state, activation)
     elif name == "causal_conv1d":
         y = _causal_conv1d(x, weight, bias, documents, state, activation)
+    elif name == "triton":
+        from model.ops.conv_triton import causal_conv_triton
+
+        y = causal_conv_triton(x, weight, bias, documents, state, activation)
+    elif name == "native":
+        y = _NativeConv.apply(x, weight, bias, documents, activation == "silu")
     else:
         y = _CausalConv.apply(x, weight, bias, documents, state, activation == "silu")
     return y, _next_state(x, k, documents, state) if return_state else None
@@ -171,6 +195,39 @@ class _CausalConv(torch.autograd.Function):
         d_weight = d_taps.flip(0).t().to(weight.dtype)
         d_state = None if state is None else reached.to(state.dtype)
         return dx, d_weight, None if bias is None else d_bias.to(bias.dtype), None, d_state, None
+
+
+class _NativeConv(torch.autograd.Function):
+    """The same in one pass over the inputs, see `native.cpp`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, documents, silu: bool):
+        y = torch.empty(x.shape, dtype=x.dtype)
+        ctx.save_for_backward(x, weight, bias, documents)
+        ctx.silu = silu
+        (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
+        run_native("conv_forward", x.dtype, x, *x.stride()[:2], taps, vector, index, y, *sizes, int(silu))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, documents = ctx.saved_tensors
+        (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
+        dy = with_rows(dy)
+        dx, d_taps = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(taps)
+        d_bias = None if vector is None else torch.empty_like(vector)
+        rows = (x, *x.stride()[:2], taps, vector, index, dy, *dy.stride()[:2])
+        run_native("conv_backward", x.dtype, *rows, dx, d_taps, d_bias, *sizes, int(ctx.silu))
+        d_weight = d_taps.flip(0).t().to(weight.dtype)
+        return dx, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
+
+
+def _native_arguments(x, weight, bias, documents) -> tuple[tuple, tuple[int, ...]]:
+    taps = weight.detach().float().t().flip(0).contiguous()  # (k, C), by distance
+    vector = None if bias is None else bias.detach().float().contiguous()
+    index = None if documents is None else documents.to(torch.int32).contiguous()
+    return (with_rows(x), taps, vector, index), (*x.shape, len(taps))
 
 
 class _Row:

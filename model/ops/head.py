@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.backend import Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native
+
+declare(
+    "head",
+    Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
+    Backend("torch", frozenset()),
+)
 
 IGNORE = -100
 CHUNK = 2**22  # logits at a time on a CPU: 16 MiB in float32
@@ -57,17 +65,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
-        for rows, raw, logits in _chunks(len(t), w, wide):
-            logits.copy_(torch.mm(h[rows], w.t(), out=raw))
-            aimed = logits.gather(1, t[rows].clamp(min=0)[:, None])
-            top = logits.amax(-1, keepdim=True)
-            total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
-            lse[rows] = total.log_().add_(top).squeeze(1)
-            nll[rows] = lse[rows] - aimed.squeeze(1)
+        fast = choose("head", dtype=dtype, device=h.device).name == "native"
+        for rows, raw, logits in _chunks(len(t), w, wide, fast):
+            torch.mm(h[rows], w.t(), out=raw)
+            aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
+            if logits is None:
+                run_native("log_sum_exp", dtype, raw, lse[rows], *raw.shape)
+            else:
+                top = logits.copy_(raw).amax(-1, keepdim=True)
+                total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
+                lse[rows] = total.log_().add_(top).squeeze(1)
+            nll[rows] = lse[rows] - aimed
         if z_loss:
             nll.addcmul_(lse, lse, value=z_loss)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.vocab_size, ctx.dtype, ctx.z_loss = vocab_size, dtype, z_loss
+        ctx.vocab_size, ctx.dtype, ctx.z_loss, ctx.fast = vocab_size, dtype, z_loss, fast
         return nll.masked_fill_(t == IGNORE, 0).view(targets.shape)
 
     @staticmethod
@@ -81,23 +93,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
         part = torch.empty_like(w)
-        for rows, raw, d in _chunks(len(t), w, wide):
-            d.copy_(torch.mm(h[rows], w.t(), out=raw))
-            exp2_(d.sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
-            d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
-            raw.copy_(d)
+        for rows, raw, d in _chunks(len(t), w, wide, ctx.fast):
+            torch.mm(h[rows], w.t(), out=raw)
+            if d is None:
+                run_native("softmax_slope", dtype, raw, lse[rows], share[rows], g[rows], t[rows], *raw.shape)
+            else:
+                exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
+                d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
+                raw.copy_(d)
             dh.view(-1, dh.shape[-1])[rows] = raw @ w
             dw[:vocab_size] += torch.mm(raw.t(), h[rows], out=part)
         return dh, dw.to(weight.dtype), None, None, None, None
 
 
-def _chunks(n: int, w: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of tokens with room for their logits, in the matmul's dtype and in the softmax's: the same memory each
-    time, because the first touch of fresh memory takes longer than the work on it."""
+def _chunks(n: int, w: Tensor, wide: torch.dtype, fast: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Rows of tokens with room for their logits, in the matmul's dtype and, unless the softmax is `fast` and takes
+    those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the
+    work on it."""
     V = len(w)
     size = min(n, max(16, rows_at_once(w.device, V, CHUNK)))
     raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
-    logits = torch.empty(size, V, dtype=wide, device=w.device)
+    logits = None if fast else torch.empty(size, V, dtype=wide, device=w.device)
     for start in range(0, n, size):
         m = min(size, n - start)
-        yield slice(start, start + m), raw[:m], logits[:m]
+        yield slice(start, start + m), raw[:m], None if logits is None else logits[:m]

@@ -17,14 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.backend import Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
 
+for op in ("norm", "activation"):
+    declare(
+        op,
+        Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
+        Backend("torch", frozenset()),
+    )
 BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache with its temporaries
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
     """x: (..., D). weight: (D,). Statistics are float32 (float64 for float64). Returns `dtype`, x's unless given."""
-    return _Norm.apply(x, None, weight, eps, 1, False, dtype or x.dtype)
+    return _chosen_norm(x, dtype).apply(x, None, weight, eps, 1, False, dtype or x.dtype)
 
 
 def gated_rms_norm(
@@ -42,12 +50,20 @@ def gated_rms_norm(
     norm_before_gate: rms_norm(y) silu(z) instead of rms_norm(y silu(z)). Returns `dtype`, y's unless given.
     """
     assert y.shape[-1] % groups == 0, f"{y.shape[-1]} channels do not divide into {groups} groups"
-    return _Norm.apply(y, z, weight, eps, groups, norm_before_gate, dtype or y.dtype)
+    z = z.to(y.dtype)
+    return _chosen_norm(y, dtype).apply(y, z, weight, eps, groups, norm_before_gate, dtype or y.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, elementwise, both (..., D): each of the two steps rounds to their dtype."""
-    return _SwiGLU.apply(gate, up)
+    """silu(gate) up, elementwise, both (..., D)."""
+    name = choose("activation", dtype=gate.dtype, device=gate.device).name
+    return (_NativeSwiGLU if name == "native" else _SwiGLU).apply(gate, up)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2, elementwise, (..., D) (Primer, arXiv 2109.08668)."""
+    name = choose("activation", dtype=x.dtype, device=x.device).name
+    return (_NativeReLU2 if name == "native" else _ReLU2).apply(x)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
@@ -55,6 +71,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -
     grouped = x.to(wide_dtype(x.dtype)).unflatten(-1, (groups, -1))
     normal = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     return (normal.flatten(-2) * weight).to(x.dtype)
+
+
+def _chosen_norm(x: Tensor, dtype: torch.dtype | None) -> type["_Norm"] | type["_NativeNorm"]:
+    name = choose("norm", dtype=x.dtype, device=x.device).name
+    return _NativeNorm if name == "native" and (dtype or x.dtype) in NATIVE_DTYPES else _Norm
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -130,6 +151,90 @@ def _inverse_rms(h: Tensor, eps: float, out: Tensor) -> Tensor:
     """1 / sqrt(mean square + eps) of h (n, M, D/M), into out (n, M, 1)."""
     torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=out)
     return out.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+
+
+class _NativeNorm(torch.autograd.Function):
+    """`_Norm` in one pass over the rows each way, see `native.cpp`."""
+
+    @staticmethod
+    def forward(ctx, x, z, weight, eps: float, groups: int, norm_first: bool, dtype: torch.dtype):
+        xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
+        gate = 0 if z is None else 1 + norm_first
+        out = torch.empty(x.shape, dtype=dtype)
+        scale = torch.empty(len(xs), groups)
+        gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w)
+        run_native("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
+        ctx.save_for_backward(x, z, weight, scale)
+        ctx.gate, ctx.dtype = gate, dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, z, weight, scale = ctx.saved_tensors
+        xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
+        dys = with_rows(_rows(dy))
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        dz, dw = None if z is None else torch.empty(z.shape, dtype=z.dtype), torch.empty_like(w)
+        gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w, scale, dys, dys.stride(0))
+        sizes = (*xs.shape, scale.shape[1], ctx.gate)
+        run_native("norm_backward", x.dtype, *gated, dx, dz, dw, *sizes, to=ctx.dtype)
+        return dx, dz, dw.to(weight.dtype), None, None, None, None
+
+
+def _native_rows(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return with_rows(_rows(x)), None if z is None else with_rows(_rows(z))
+
+
+class _NativeSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        gates, ups = (with_rows(_rows(v)) for v in (gate, up))
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        run_native("swiglu_forward", gate.dtype, gates, gates.stride(0), ups, ups.stride(0), out, *gates.shape)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gates, ups, dys = (with_rows(_rows(v)) for v in (*ctx.saved_tensors, dy))
+        d_gate, d_up = (torch.empty(dy.shape, dtype=dy.dtype) for _ in range(2))
+        read = (gates, gates.stride(0), ups, ups.stride(0), dys, dys.stride(0))
+        run_native("swiglu_backward", dy.dtype, *read, d_gate, d_up, dys.shape[1], *dys.shape)
+        return d_gate, d_up
+
+
+class _ReLU2(torch.autograd.Function):
+    """Saves its input alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(2).mul_(dy)
+
+
+class _NativeReLU2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        xs, out = with_rows(_rows(x)), torch.empty(x.shape, dtype=x.dtype)
+        run_native("relu2_forward", x.dtype, xs, xs.stride(0), out, *xs.shape)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        (xs, dys), dx = (with_rows(_rows(v)) for v in (x, dy)), torch.empty(x.shape, dtype=x.dtype)
+        run_native("relu2_backward", x.dtype, xs, xs.stride(0), dys, dys.stride(0), dx, *xs.shape)
+        return dx
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -31,8 +31,9 @@ declare(
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
-RESET_DT = 1e30
-"""A step after which nothing is left of a state: exp(RESET_DT A) is 0 for every A below -1e-28."""
+RESET_DT = 1e10
+"""A step after which nothing is left of a state: exp(RESET_DT A) is exactly 0 for every A below -2e-8. The kernel's
+backward multiplies gradients by it before it multiplies them by x = 0, so that it must leave them room."""
 ENTRY_DT = 2.0**-10
 """The step of the tokens that carry an initial state into a row; what it lets decay is made up for."""
 

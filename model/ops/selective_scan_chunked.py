@@ -67,9 +67,14 @@ class _Part:
         return v[self.rows, span, self.channels].transpose(0, 1)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Where calls cost little, caches decide, and a look at the numbers costs no wait."""
+    return x.device.type == "cpu"
+
+
 def _parts(x: Tensor, N: int) -> Iterator[_Part]:
     B, _, C = x.shape
-    step = STEP if x.device.type == "cpu" else B * C * N
+    step = STEP if _on_cpu(x) else B * C * N
     c = min(C, max(1, step // N))
     b = min(B, max(1, step // (N * c)))
     for row in range(0, B, b):
@@ -79,9 +84,8 @@ def _parts(x: Tensor, N: int) -> Iterator[_Part]:
 
 def _block_tokens(x: Tensor, N: int) -> int:
     B, T, C = x.shape
-    cpu = x.device.type == "cpu"
-    step = min(STEP, B * C * N) if cpu else B * C * N
-    return max(1, min(LONGEST, T, (BLOCK if cpu else ACCELERATOR_BLOCK) // step))
+    step, block = (min(STEP, B * C * N), BLOCK) if _on_cpu(x) else (B * C * N, ACCELERATOR_BLOCK)
+    return max(1, min(LONGEST, T, block // step))
 
 
 def _continues(documents: Tensor) -> Tensor:
@@ -155,8 +159,8 @@ class _Rows:
         self.A = A.t().contiguous()  # (N, C)
         self.exponents = self.A * LOG2_E
         self.continues = None if documents is None else _continues(documents)
-        self.on_cpu = x.device.type == "cpu"
-        # A look at the numbers is cheap on a CPU alone. What is not a number is not above the bound.
+        self.on_cpu = _on_cpu(x)
+        # What is not a number is not above the bound.
         self.bounded = self.on_cpu and bool(dt.amax() * self.A.amin() > least_exponent(self.wide))
         self.blocks: dict[tuple[int, int, int, int], _Block] = {}
         self.spans = [slice(start, min(start + chunk, x.shape[1])) for start in range(0, x.shape[1], chunk)]

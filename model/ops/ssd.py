@@ -14,7 +14,9 @@ from torch import Tensor
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready
 from model.ops.ssd_chunked import ssd_chunked
+from model.ops.ssd_native import ssd_native
 
 _ALL = frozenset({"documents", "initial_state", "final_state"})
 declare(
@@ -27,6 +29,7 @@ declare(
         module="mamba_ssm",
         device="cuda",
     ),
+    Backend("native", _ALL, NATIVE_DTYPES, device="cpu", ready=native_ready),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -71,6 +74,8 @@ def ssd(
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
         y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128)
+    elif name == "native":
+        y, state = ssd_native(x, dt, A, B, C, D, documents, initial_state, chunk)
     else:
         y, state = ssd_chunked(x, dt, A, B, C, D, documents, initial_state, chunk)
     return y, state if return_state else None

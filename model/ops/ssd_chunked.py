@@ -76,7 +76,7 @@ def segment_sum(a: Tensor, key: Tensor, span: int, reverse: bool = False) -> Ten
 
 
 @dataclass(frozen=True)
-class _Decay:
+class Decay:
     """All decays of a row: they are small (one number per token and head), so they are computed at once.
 
     cs: (b, G, R, T), log2 of the decay from the start of the token's run (its part of a document inside a chunk)
@@ -96,7 +96,7 @@ class _Decay:
     future: Tensor
 
     @staticmethod
-    def of(log_decay: Tensor, groups: int, documents: Tensor | None, chunk: int) -> "_Decay":
+    def of(log_decay: Tensor, groups: int, documents: Tensor | None, chunk: int) -> "Decay":
         """log_decay: (b, T, H)."""
         b, T, H = log_decay.shape
         steps = torch.arange(T, device=log_decay.device)
@@ -115,8 +115,8 @@ class _Decay:
         leave = torch.where(at_end, exp2_(cs[:, end_of] - cs), 0)
         through = enter[:, end_of[::chunk]]
         shape = (groups, H // groups)
-        return _Decay(
-            cs.transpose(1, 2).reshape(b, *shape, T),
+        return Decay(
+            cs.transpose(1, 2).contiguous().view(b, *shape, T),
             enter.unflatten(2, shape),
             leave.unflatten(2, shape),
             through.unflatten(2, shape),
@@ -139,8 +139,20 @@ class _Decay:
         return future if self.single else future | (index[:, :, None] != index[:, None])[:, None]
 
 
-def _spans(T: int, chunk: int) -> list[slice]:
+def spans_of(T: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, T)) for start in range(0, T, chunk)]
+
+
+def dot(room: Scratch, name: str, v: Tensor, w: Tensor) -> Tensor:
+    """Matmul over the last two dimensions; those before them are equal. The result lies in `room`."""
+    out = room(name, (*v.shape[:-1], w.shape[-1]), v.dtype)
+    many = out.view(-1, *out.shape[-2:])
+    v, w = v.reshape(-1, *v.shape[-2:]), w.reshape(-1, *w.shape[-2:])
+    if len(many) == 1:
+        torch.mm(v[0], w[0], out=many[0])  # up to 3 times as fast as a batch of one, on transposed arguments
+    else:
+        torch.bmm(v, w, out=many)
+    return out
 
 
 class _Chunk:
@@ -148,7 +160,7 @@ class _Chunk:
     first (b, G, Q, N) or (b, G, Q, R P); without: tokens first (b, Q, G, R, P), in the wide dtype."""
 
     def __init__(
-        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decay: _Decay, number: int, span: slice, room: Scratch
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decay: Decay, number: int, span: slice, room: Scratch
     ):
         xc, wide = x[:, span], dt.dtype
         self.b, self.Q, self.G, self.R, self.P = xc.shape
@@ -180,15 +192,7 @@ class _Chunk:
         return self.room(name, v.shape, self.x.dtype).copy_(v)
 
     def dot(self, name: str, v: Tensor, w: Tensor) -> Tensor:
-        """Matmul over the last two dimensions; those before them are equal."""
-        out = self.room(name, (*v.shape[:-1], w.shape[-1]), self.narrow)
-        many = out.view(-1, *out.shape[-2:])
-        v, w = v.reshape(-1, *v.shape[-2:]), w.reshape(-1, *w.shape[-2:])
-        if len(many) == 1:
-            torch.mm(v[0], w[0], out=many[0])  # up to 3 times as fast as a batch of one, on transposed arguments
-        else:
-            torch.bmm(v, w, out=many)
-        return out
+        return dot(self.room, name, v, w)
 
     def through_state(self, vg: Tensor, state: Tensor) -> Tensor:
         """(b, G, Q, N) times a state (b, G, N, R P) -> (b, Q, G, R, P)."""
@@ -204,12 +208,12 @@ class _Chunk:
         return self.tokens_first("M_v_t", self.dot("M_v", M.transpose(3, 4) if transposed else M, v))
 
 
-def _state_first(state: Tensor, G: int) -> Tensor:
+def state_first(state: Tensor, G: int) -> Tensor:
     """(b, H, P, N) -> (b, G, N, R, P), a fresh copy: the layout in which one matmul serves a group."""
     return state.unflatten(1, (G, -1)).permute(0, 1, 4, 2, 3).clone(memory_format=torch.contiguous_format)
 
 
-def _state_last(state: Tensor) -> Tensor:
+def state_last(state: Tensor) -> Tensor:
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
@@ -218,10 +222,10 @@ class _ChunkedSSD(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, documents, initial_state, chunk: int):
         b, T, H, P = x.shape
         G, N = B.shape[2:]
-        heads, spans, room = (G, H // G), _spans(T, chunk), Scratch(x.device)
-        decay = _Decay.of(dt * A, G, documents, chunk)
+        heads, spans, room = (G, H // G), spans_of(T, chunk), Scratch(x.device)
+        decay = Decay.of(dt * A, G, documents, chunk)
         xg, dtg = x.unflatten(2, heads), dt.unflatten(2, heads)
-        state = _state_first(initial_state, G)
+        state = state_first(initial_state, G)
         states = torch.empty(len(spans), b, G, N, H // G * P, dtype=x.dtype, device=x.device)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         yg = y.unflatten(2, heads)
@@ -237,7 +241,7 @@ class _ChunkedSSD(torch.autograd.Function):
             state.mul_(c.through).add_(c.into_state(c.Bg, left))
         ctx.save_for_backward(x, dt, A, B, C, D, documents, states)
         ctx.chunk = chunk
-        return y, _state_last(state)
+        return y, state_last(state)
 
     @staticmethod
     @once_differentiable
@@ -247,13 +251,13 @@ class _ChunkedSSD(torch.autograd.Function):
         G, chunk = B.shape[2], ctx.chunk
         heads, room = (G, H // G), Scratch(x.device)
         log_decay = dt * A
-        decay = _Decay.of(log_decay, G, documents, chunk)
+        decay = Decay.of(log_decay, G, documents, chunk)
         xg, dtg, dyg = x.unflatten(2, heads), dt.unflatten(2, heads), dy.unflatten(2, heads)
         dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, B, C))
         dxg, d_dt, dcs = dx.unflatten(2, heads), torch.empty_like(dtg), torch.empty_like(dtg)
         dD = None if D is None else torch.zeros(heads, dtype=D.dtype, device=D.device)
-        d_state = _state_first(d_final, G)  # of the state that leaves the chunk
-        for number, span in reversed(list(enumerate(_spans(T, chunk)))):
+        d_state = state_first(d_final, G)  # of the state that leaves the chunk
+        for number, span in reversed(list(enumerate(spans_of(T, chunk)))):
             c = _Chunk(xg, dtg, B, C, decay, number, span, room)
             S_in, dS_out = states[number], room("dS_out", states.shape[1:], x.dtype).copy_(d_state.flatten(3))
             d_out = room("dy", c.x.shape, dt.dtype).copy_(dyg[:, span])
@@ -300,4 +304,4 @@ class _ChunkedSSD(torch.autograd.Function):
         )  # where it was bounded; else rounding times dt
         d_dt = d_dt.flatten(2).addcmul_(d_log_decay, A)
         dA = (d_log_decay * dt).sum((0, 1))
-        return dx, d_dt, dA, dB, dC, None if dD is None else dD.flatten(), None, _state_last(d_state), None
+        return dx, d_dt, dA, dB, dC, None if dD is None else dD.flatten(), None, state_last(d_state), None

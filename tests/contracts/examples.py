@@ -17,11 +17,6 @@ EXAMPLES: dict[str, LayerConfig] = {
     "mamba2": Mamba2Config(head_dim=8, d_state=16, chunk=8),
     "mamba2 in groups": Mamba2Config(head_dim=8, d_state=8, n_groups=4, chunk=16, conv_bias=False, d_conv=3),
     "mamba2 with limits": Mamba2Config(head_dim=16, d_state=8, chunk=5, dt_limit=(0.01, 0.05)),
-    "mamba": MambaConfig(d_state=4),
-    "mamba with inner norms": MambaConfig(
-        expand=1.5, d_state=3, dt_rank=5, d_conv=3, conv_bias=False, inner_norms=True
-    ),
-    "mamba in small blocks": MambaConfig(d_state=8, dt_rank=1, d_conv=2, chunk=5),
     "attention": AttentionConfig(n_heads=4),
     "attention without positions": AttentionConfig(n_heads=4, n_kv_heads=2, rope_theta=None),
     "sliding window": AttentionConfig(n_heads=4, n_kv_heads=1, window=6),
@@ -44,6 +39,11 @@ EXAMPLES: dict[str, LayerConfig] = {
     ),
     "relu": MLPConfig(d_hidden=48, activation="relu", gated=False),
     "gated gelu": MLPConfig(d_hidden=48, activation="gelu_tanh"),
+    "mamba": MambaConfig(d_state=4),
+    "mamba with inner norms": MambaConfig(
+        expand=1.5, d_state=3, dt_rank=5, d_conv=3, conv_bias=False, inner_norms=True
+    ),
+    "mamba in small blocks": MambaConfig(d_state=8, dt_rank=1, d_conv=2, chunk=5),
 }
 
 assert {example.kind for example in EXAMPLES.values()} == set(KINDS), "every registered kind needs an example"

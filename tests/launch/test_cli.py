@@ -11,6 +11,7 @@ import pytest
 from launch import cli
 from launch.commands import launch
 from launch.commands.arguments import find_run
+from launch.local import Machines
 from launch.recipes import FOLDER, find_recipe, shipped
 from train import mistakes
 
@@ -81,7 +82,7 @@ def test_options_may_stand_between_a_recipe_and_its_overrides(monkeypatch: pytes
     started = []
     monkeypatch.setattr("launch.local.run", lambda *arguments: started.append(arguments) or 75)
     assert cli.main(["train", "tiny", "--nproc", "3", "seed=1", "name=x"]) == 75
-    assert started == [(FOLDER / "tiny.toml", ["seed=1", "name=x"], 3)]
+    assert started == [(FOLDER / "tiny.toml", ["seed=1", "name=x"], 3, Machines())]
 
 
 def test_a_file_is_preferred_to_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local import MALLOC, ROOT, rank_environment, run
+from launch.local import MALLOC, ROOT, Machines, rank_environment, run
 
 LAUNCH = "import sys; from launch.local import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
 
@@ -126,3 +126,29 @@ def test_ranks_share_the_cores_and_get_the_allocator():
 def test_no_ranks_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="--nproc: got 0, wants a positive number"):
         run(tmp_path, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((0,), "--nodes: got 0, wants a positive number"),
+        ((2,), "--rendezvous: not given, wants HOST:PORT"),
+        ((2, "node1"), "--rendezvous: got 'node1', wants HOST:PORT, such as node1:29500"),
+        ((2, "node1:99999"), "--rendezvous: got 'node1:99999'"),
+        ((1, None, -1), "--restarts: got -1, wants 0 or more"),
+    ],
+)
+def test_machines_that_cannot_meet_are_refused(arguments: tuple, line: str):
+    with pytest.raises(ValueError, match=line):
+        Machines(*arguments)
+
+
+def test_a_mistake_is_no_reason_to_start_again(tmp_path: Path):
+    """With restarts, too, a wrong recipe ends the run at once, is said once and exits with 2."""
+    command = [sys.executable, "-m", "launch", "train", "tiny", "--nproc", "2", "--restarts", "5", "data.path=nowhere"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("nowhere") == 1 and done.stderr.startswith("braid: error: ")

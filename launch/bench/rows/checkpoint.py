@@ -136,16 +136,21 @@ def _world() -> Any:
 
 
 def write_raw(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
-    """The same bytes: written, flushed, and hashed from memory."""
+    """The same bytes: hashed from memory, written to a new file, flushed, and renamed over the last one.
+
+    A file written over in place would find its old blocks and pages again, which no save into a new folder does: it
+    took 1.4 s where new ones took 2.4.
+    """
     from model.weights.files import byte_view
 
     path = Path(argument["folder"]) / f"raw-{rank}"
+    new = path.with_suffix(".new")
     state = _state(rank, size, argument["parameters"])
     views = [byte_view(value) for value in state.values()]
     yield
     while True:
         digest = hashlib.sha256()
-        with path.open("wb") as file:
+        with new.open("wb") as file:
             for view in views:
                 for start in range(0, len(view), CHUNK):
                     part = view[start : start + CHUNK]
@@ -153,6 +158,7 @@ def write_raw(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
                     digest.update(part)
             file.flush()
             os.fsync(file.fileno())
+        new.replace(path)
         yield
 
 
@@ -297,7 +303,7 @@ def copy(rank: int, size: int, argument: dict[str, Any]) -> Iterator[None]:
 
 
 STATE = "Weights and two moments of 100M parameters in float32 (1.2 GB; --quick: a tenth)"
-RAW = "written, flushed and hashed raw"
+RAW = "written anew, flushed and hashed raw"
 
 
 def _row(name: str, what: str, ours: Any, peer: Any, peer_name: str, note: str = "") -> Row:

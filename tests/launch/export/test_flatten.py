@@ -72,5 +72,7 @@ def test_imports_are_rewritten_and_nothing_else():
     )
     with pytest.raises(AssertionError, match="where it is called"):
         rewrite("import flash_attn\n", "model.x")
+    text, _ = rewrite("import triton\n", "model.x_triton")
+    assert text == "try:\n    import triton\nexcept ImportError:\n    raise\n"
     with pytest.raises(AssertionError, match="cannot flatten"):
         rewrite("from model.nowhere import x\n", "model.x")

@@ -55,8 +55,8 @@ def test_request_sets_the_process_default():
 @pytest.mark.parametrize(
     ("backends", "says"),
     [
-        ({"sdd": "torch"}, r"backends\.sdd: got 'torch' for an unknown op, wants one of attention, conv, op, .*ssd"),
-        ({"conv": "torch", "ssd": "cuda"}, r"backends\.ssd: got 'cuda', wants auto or one of mamba_ssm, torch, ref"),
+        ({"sdd": "torch"}, r"backends\.sdd: got 'torch' for an unknown op, wants one of activation, attention, conv"),
+        ({"conv": "torch", "ssd": "cuda"}, r"backends\.ssd: got 'cuda', wants auto or one of mamba_ssm, native, torch"),
     ],
 )
 def test_request_knows_every_name(backends, says):

@@ -27,10 +27,12 @@ def installed(monkeypatch):
     monkeypatch.setattr(backend, "_declared", here)
     monkeypatch.setattr(backend, "_requested", {})
     monkeypatch.setattr(backend, "_chosen", {})
-    monkeypatch.setattr(Backend, "available", lambda self: True)
+    monkeypatch.setattr(Backend, "available", lambda self: self.ready is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv_kernel))
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=flash))
+    own = SimpleNamespace(causal_conv_triton=causal_conv_reference)
+    monkeypatch.setitem(sys.modules, "model.ops.conv_triton", own)
     scan = SimpleNamespace(mamba_chunk_scan_combined=scan_kernel)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)
 
@@ -127,9 +129,11 @@ def test_auto_takes_the_fused_kernel(run):
     ],
 )
 def test_what_a_kernel_cannot_do_never_reaches_it(run, op, name, why):
-    """auto goes past it to plain torch; named by the user, it is refused in words instead of failing inside."""
+    """auto goes past it, to our own kernel or to plain torch; named by the user, it is refused in words instead of
+    failing inside."""
     run()
-    assert chosen() == {op: "torch"}
+    instead = {op: "torch"} if op != "conv" or "float64" in why else {op: "triton"}
+    assert chosen() == instead
     request({op: name})
     with pytest.raises(ValueError, match=f"{op}: backend '{name}' cannot serve this call: {why}"):
         run()
@@ -154,6 +158,13 @@ def test_flash_attn_wants_an_ampere_gpu(monkeypatch):
     assert chosen() == {"attention": "torch"}
     with pytest.raises(ValueError, match=r"it wants a GPU of compute capability 8\.0 or more"):
         attend(backend="flash_attn")
+
+
+def test_our_convolution_wants_an_ampere_gpu(monkeypatch):
+    """An older GPU gets plain torch where causal-conv1d cannot serve."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    conv(k=5)
+    assert chosen() == {"conv": "torch"}
 
 
 @pytest.mark.parametrize("state", [None, leaf(2, 3, 8, dtype=torch.float32)])

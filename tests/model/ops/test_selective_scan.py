@@ -86,6 +86,21 @@ def test_parts_of_rows_and_channels_make_the_whole(monkeypatch, step):
     assert_same(got, want, 1e-10)
 
 
+def test_an_accelerators_way_is_the_same_map(monkeypatch):
+    """Where the host may not look at the numbers: all rows at once, every exponent bounded, every block masked."""
+    leaves = inputs(33, torch.float32)
+    x, dt, A, Bm, Cm, D, S = leaves
+    for documents in documents_for(33).values():
+
+        def run(d=documents):
+            return selective_scan_chunked(x, dt, A, Bm, Cm, D, d, S, 5)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chunked, "_on_cpu", lambda x: False)
+            got = outputs_and_gradients(run, leaves)
+        assert_same(got, outputs_and_gradients(run, leaves), 1e-6)
+
+
 def test_without_skip_and_state():
     """D and initial_state are optional, and the state comes back only when asked for."""
     x, dt, A, Bm, Cm, _, _ = leaves = inputs(9)

@@ -1,0 +1,127 @@
+"""Loops in C++ (`native.cpp`) for the CPU: compiled by g++ when an op first asks for them, which takes seconds, and
+kept for every later run on such a machine. Where there is no compiler, ops go without; nothing needs them.
+
+    if native_ready():
+        run_native("relu2_forward", x.dtype, x, x.stride(0), y, n, D)
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-mprefer-vector-width=512",
+)
+COMPILE_S = 120
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NATIVE_DTYPES = frozenset(DTYPES)
+"""The dtypes that the loops take."""
+SWITCH = "BRAID_NATIVE"
+"""Set to 0 in the environment, the ops do without."""
+
+
+class Library:
+    """The compiled loops."""
+
+    def __init__(self, path: Path) -> None:
+        self._loaded = ctypes.CDLL(str(path))
+
+    def call(
+        self, name: str, dtype: torch.dtype, *arguments: Tensor | float | None, to: torch.dtype | None = None
+    ) -> None:
+        """Runs `name` for tensors of `dtype` (and results of `to`) with arguments in the order of native.cpp."""
+        suffix = DTYPES[dtype] if to is None else f"{DTYPES[dtype]}_{DTYPES[to]}"
+        self._loaded[f"{name}_{suffix}"](*map(_argument, arguments))
+
+
+def _argument(value: Tensor | float | None) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def run_native(name: str, dtype: torch.dtype, *arguments: Tensor | float | None, to: torch.dtype | None = None) -> None:
+    """`Library.call` of a library that is known to be there."""
+    loaded = library()
+    assert loaded is not None
+    loaded.call(name, dtype, *arguments, to=to)
+
+
+def native_ready() -> bool:
+    return library() is not None
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x with the elements of its last dimension side by side, as the loops want them: itself, if they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@cache
+def library() -> Library | None:
+    """The loops for this machine, compiled if need be; None where they are switched off or cannot be compiled."""
+    if os.environ.get(SWITCH) == "0" or not SOURCE.is_file():
+        return None
+    try:
+        return Library(_compiled())
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled() -> Path:
+    """The shared object: of this source, compiler and kind of processor. Raises OSError, SubprocessError."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler")
+    threads = _thread_library()
+    key = "\n".join([SOURCE.read_text(), *FLAGS, compiler, str(threads), _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braid"
+    path = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as room:  # ranks that start together each make their own
+            made = Path(room) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), *([str(threads)] if threads else [])]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+            made.replace(path)
+    return path
+
+
+def _thread_library() -> Path | None:
+    """The OpenMP library that torch has loaded: with another one beside it, two pools of threads would compete."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    found = re.search(r"/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", mapped)
+    return Path(found[0]) if found else None
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    chosen = re.findall(r"^(?:vendor_id|cpu family|model|flags)\s*:.*$", described.split("\n\n")[0], re.MULTILINE)
+    return "\n".join(chosen)
