@@ -85,13 +85,13 @@ PUBLISHED = {
 }
 
 ACTIVE = {
-    "moe-mamba-25m": 26.1,
-    "moe-mamba-25m-parallel": 26.1,
-    "moe-mamba-100m": 117.0,
-    "transformer-moe-25m": 25,
-    "transformer-moe-100m": 114,
+    "moe-mamba-25m": _moe_mamba(26),
+    "moe-mamba-25m-parallel": _moe_mamba(26),
+    "moe-mamba-100m": _moe_mamba(117),
+    "transformer-moe-25m": _moe_mamba(25),
+    "transformer-moe-100m": _moe_mamba(114),
 }
-"""Millions of parameters that one token meets, embeddings aside: arXiv 2401.04081, Tables 5 and 6."""
+"""Parameters that one token meets: of E experts the k that it goes to."""
 
 
 def count(name: str, **values: Any) -> int:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from model.hybrid import HybridLM
 from model.params import count_parameters
 from tests.model.hf.definers import Definer, V, padded
+from tests.model.hf.experts import WITH_EXPERTS
 from tests.model.hf.families import FAMILIES
 
 transformers = pytest.importorskip("transformers", reason="the models to compare with are transformers'")
@@ -38,6 +39,9 @@ def settle(model: nn.Module) -> nn.Module:
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
             else:
                 weight.add_(0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -47,10 +51,10 @@ def assert_close(ours: Tensor, theirs: Tensor, name: str) -> None:
     assert worst <= TOLERANCE * max(1.0, largest), f"{name}: off by {worst:.2e} where the largest is {largest:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | WITH_EXPERTS)
 def test_logits_and_gradients_are_those_of_transformers(family: str):
     assert importlib.util.find_spec("mamba_ssm") is None, "their fast path would run, of which nothing is known here"
-    definer: Definer = FAMILIES[family]()
+    definer: Definer = (FAMILIES | WITH_EXPERTS)[family]()
     torch.manual_seed(0)
     theirs = settle(definer.make(transformers)).train()
     tokens = torch.randint(1, V, (ROWS, LENGTH + 1))  # 0 is their padding, whose embedding takes no gradient
@@ -65,9 +69,10 @@ def test_logits_and_gradients_are_those_of_transformers(family: str):
 
     ours = HybridLM(definer.config, device="meta")
     tied = definer.config.tie_embeddings
-    parts = definer.weights(weights)
+    parts = definer.weights(weights | dict(theirs.named_buffers()))
     assert {name: tuple(w.shape) for name, w in parts.items()} == {n: s.shape for n, s in ours.table().items()}
-    assert count_parameters(ours.table()) == sum(weight.numel() for weight in weights.values())
+    trained = {name: spec for name, spec in ours.table().items() if not spec.frozen}
+    assert count_parameters(trained) == sum(weight.numel() for weight in weights.values())
     found = functional_call(ours, padded(parts, tied), (tokens, starts))
     assert_close(found.logits, logits, "logits")
     nll = functional_call(ours, padded(parts, tied), (tokens, starts, targets)).nll.sum()
