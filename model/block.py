@@ -42,9 +42,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> LayerOutput:
         if self.norm is None:
-            return self.mixer(x, ctx=ctx, state=state)
+            out = self.mixer(x, ctx=ctx, state=state)
+            return out._replace(counts=_prefixed("mixer.", out.counts))
         out = self.mixer(self.norm(x, dtype=ctx.dtype), ctx=ctx, state=state)
-        return out._replace(y=x + out.y)
+        return out._replace(y=x + out.y, counts=_prefixed("mixer.", out.counts))
 
 
 class Branch(nn.Module):
@@ -84,14 +85,16 @@ class ParallelBlock(nn.Module):
         states: list[Any] = []
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         for index, branch in enumerate(self.branches):
             before = None if state is None else state[index]
             out = branch(h, ctx=ctx.at(ctx.layer + index), state=before)
             y = y + out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
-            metrics |= {f"branches.{index}.{name}": value for name, value in (out.metrics or {}).items()}
-        return LayerOutput(y, tuple(states) if ctx.carry else None, losses, metrics)
+            metrics |= _prefixed(f"branches.{index}.", out.metrics)
+            counts |= _prefixed(f"branches.{index}.mixer.", out.counts)
+        return LayerOutput(y, tuple(states) if ctx.carry else None, losses, metrics, counts)
 
 
 class Blocks(nn.Module):
@@ -143,8 +146,12 @@ def _gate_table(gate: float | None) -> Table:
     return {} if gate is None else {"gate": ParamSpec((1,), Constant(gate), decay=False, update="vector")}
 
 
+def _prefixed(prefix: str, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in (values or {}).items()}
+
+
 def add_losses(total: dict[str, Tensor], more: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Losses by name; those of one name are added."""
+    """Losses, or counts, by name; those of one name are added."""
     for name, value in (more or {}).items():
         total = total | {name: total[name] + value if name in total else value}
     return total

@@ -110,10 +110,12 @@ class LayerOutput(NamedTuple):
 
     y: (B, T, D). state: after the last token when `ctx.carry`, else None; a tuple of tensors. losses: scalars, summed
     over the row's valid tokens, to be added to the training loss with their weight already applied. metrics: detached
-    scalars.
+    scalars. counts: float64 vectors or scalars, detached, that add up over micro-batches and ranks; after the optimizer
+    step the layer's `adjust`, if it has one, is told their sums.
     """
 
     y: Tensor
     state: Any = None
     losses: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] | None = None
+    counts: dict[str, Tensor] | None = None

@@ -3,10 +3,10 @@
 Legend: B batch rows, T tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
 from model.layers.base import VisibleKeys, norm_spec
 from model.ops.head import linear_cross_entropy
-from model.params import Normal, ParamSpec, Table, allocate, count_parameters, initialise, split_evenly
+from model.params import Normal, ParamSpec, Table, allocate, count_active, count_parameters, initialise, split_evenly
 
 VOCABULARY_MULTIPLE = 128
 
@@ -46,13 +46,14 @@ class ModelState(NamedTuple):
 class ModelOutput(NamedTuple):
     """nll: (B, T) float32, 0 where nothing is predicted; None without targets. logits: (B, T or 1, V) float32; None
     with targets. state: when asked for. losses: auxiliary losses, summed over layers. metrics: per block, named
-    `layers.0.NAME`, of parallel branches `layers.0.branches.0.NAME`."""
+    `layers.0.NAME`, of parallel branches `layers.0.branches.0.NAME`. counts: named by module, `blocks.0.mixer.NAME`."""
 
     nll: Tensor | None
     logits: Tensor | None
     state: ModelState | None
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    counts: dict[str, Tensor]
 
 
 class Hidden(NamedTuple):
@@ -62,6 +63,7 @@ class Hidden(NamedTuple):
     state: ModelState | None
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    counts: dict[str, Tensor]
 
 
 class Embedding(nn.Module):
@@ -112,6 +114,11 @@ def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
 
 def parameter_count(config: ModelConfig) -> int:
     return count_parameters(model_table(config))
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """Parameters that serve one token: of routed experts, the chosen ones alone."""
+    return count_active(model_table(config))
 
 
 def forward_flops(config: ModelConfig, length: int, keys: VisibleKeys) -> float:
@@ -173,7 +180,7 @@ class HybridLM(nn.Module):
         hidden = self.hidden(tokens, starts, state=state, carry=carry, last_only=last_only, clock=clock, noise=noise)
         result = self.head(hidden.x, targets)
         nll, logits = (None, result) if targets is None else (result, None)
-        return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics)
+        return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics, hidden.counts)
 
     def hidden(
         self,
@@ -201,6 +208,7 @@ class HybridLM(nn.Module):
         states: list[Any] = []
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
             out = self._run(block, x, ctx.at(self.first_layer[index]), before)
@@ -208,14 +216,48 @@ class HybridLM(nn.Module):
             states.append(out.state)
             losses = add_losses(losses, out.losses)
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
+            place = self.blocks.places[index]
+            counts = add_losses(counts, {f"blocks.{place}.{n}": value for n, value in (out.counts or {}).items()})
         x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
-        return Hidden(x, after, losses, metrics)
+        return Hidden(x, after, losses, metrics, counts)
+
+    def adjustments(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What layers add to parameters of theirs after an optimizer step, given its counts over all ranks."""
+        return {
+            f"{path}.{name}": delta
+            for path, own in _by_module(counts).items()
+            for name, delta in cast(Counting, self.get_submodule(path)).adjust(own).items()
+        }
+
+    def summaries(self, counts: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the counts of a step say about each layer, as plain values: `layers.0.NAME`, as metrics are named."""
+        return {
+            f"{path.replace('blocks.', 'layers.', 1).removesuffix('.mixer')}.{name}": value
+            for path, own in _by_module(counts).items()
+            for name, value in cast(Counting, self.get_submodule(path)).summarise(own).items()
+        }
 
     def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
         return block(x, ctx=ctx, state=state)
+
+
+class Counting(Protocol):
+    """A layer that returns counts."""
+
+    def adjust(self, counts: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def summarise(self, counts: dict[str, Tensor]) -> dict[str, Any]: ...
+
+
+def _by_module(counts: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, value in counts.items():
+        path, _, name = key.rpartition(".")
+        modules.setdefault(path, {})[name] = value
+    return modules
 
 
 def _rows(state: Any, chosen: Tensor) -> Any:

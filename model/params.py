@@ -124,7 +124,8 @@ class ParamSpec:
     empty, the whole tensor is one block that splits by `split`. decay: subject to weight decay. update: what an
     optimizer may take it for (only a "matrix" may be orthogonalised, block by block). dtype: of storage. comm_dtype: of
     its gradient's reduction, None for the recipe's. pad_rows: each tensor rank pads its rows to a multiple of this;
-    padding is no part of the logical tensor. frozen: takes no gradient.
+    padding is no part of the logical tensor. frozen: takes no gradient. used: the part of it that serves one token (the
+    chosen of many experts), for counts of active parameters.
     """
 
     shape: tuple[int, ...]
@@ -137,6 +138,7 @@ class ParamSpec:
     comm_dtype: torch.dtype | None = None
     pad_rows: int = 1
     frozen: bool = False
+    used: float = 1.0
 
     def __post_init__(self) -> None:
         if self.blocks:
@@ -271,3 +273,8 @@ def stable_seed(*key: object) -> int:
 def count_parameters(table: Table) -> int:
     """Number of logical parameters (padding excluded)."""
     return sum(spec.numel for spec in table.values())
+
+
+def count_active(table: Table) -> int:
+    """Number of those that serve one token."""
+    return round(sum(spec.numel * spec.used for spec in table.values()))

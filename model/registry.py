@@ -9,8 +9,9 @@ from model.layers.attention import AttentionConfig
 from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
+from model.layers.moe import MoEConfig
 
-LayerConfig = Mamba2Config | MambaConfig | AttentionConfig | MLPConfig
+LayerConfig = Mamba2Config | MambaConfig | AttentionConfig | MLPConfig | MoEConfig
 
 KINDS: dict[str, type] = {member.kind: member for member in get_args(LayerConfig)}
 """Name of a kind, as a recipe writes it, to its config class."""

@@ -188,6 +188,16 @@ class Engine:
             state["step"].fill_(steps)
         self.stage.forget_gradients()
 
+    @torch.no_grad()
+    def add(self, deltas: Mapping[str, Tensor]) -> None:
+        """Adds to frozen parameters, by name; the same values on every rank."""
+        parameters = dict(self.module.named_parameters())
+        chosen = [parameters[name] for name in deltas]
+        assert not any(parameter.requires_grad for parameter in chosen), "the optimizer holds what is trained"
+        with self._gather(chosen, modifier_rank=0) if chosen and self.zero_stage == 3 else nullcontext():
+            for parameter, delta in zip(chosen, deltas.values(), strict=True):
+                parameter.add_(delta.to(parameter.device))
+
     @contextmanager
     def gathered(self, names: Iterable[str] | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Whole local parameters (all, or `names`) while the context lasts; every rank must enter it."""

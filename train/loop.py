@@ -2,15 +2,16 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from data.stream import Batch, combine, row_digests
 from eval.perplexity import Perplexity, chosen_documents, compressed, evaluate
+from model.block import add_losses
 from model.context import Documents, NoiseKey
-from model.hybrid import ModelOutput, forward_flops
+from model.hybrid import HybridLM, ModelOutput, forward_flops
 from train.config import Recipe
 from train.health import clip_coefficient
 from train.run import Run, open_run
@@ -55,8 +56,11 @@ def train_step(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     batches = run.stream.next_step()
     valid = run.mesh.sum(sum(batch.valid for batch in batches))
-    means = accumulate(run, batches, max(valid, 1))
+    means, counts = accumulate(run, batches, max(valid, 1))
     rate, norm, updated = update(run)
+    model = cast(HybridLM, run.engine.module)
+    if updated:
+        run.engine.add(model.adjustments(counts))
     run.clock.step += 1
     run.clock.tokens += run.tokens_per_step
     digests = [digest for rank in run.mesh.gather(row_digests(batches)) for digest in rank]
@@ -75,13 +79,15 @@ def train_step(run: Run) -> dict[str, Any]:
         "valid_tokens": int(valid),
         "seconds": seconds,
         **means,
+        **model.summaries(counts),
     }
 
 
-def accumulate(run: Run, batches: list[Batch], valid: float) -> dict[str, float]:
-    """Adds up the gradients of all micro-batches; returns the loss and auxiliary losses per valid token, and the
-    layers' metrics averaged over micro-batches, all over all ranks."""
+def accumulate(run: Run, batches: list[Batch], valid: float) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Adds up the gradients of all micro-batches; returns the loss and auxiliary losses per valid token with the
+    layers' metrics averaged over micro-batches, and the layers' counts; all over all ranks."""
     totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         run.watch.progress(f"step {run.clock.step + 1}")
         out = forward(run, batch)
@@ -92,8 +98,12 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> dict[str, float]
         shares = {name: value / (len(batches) * run.mesh.size) for name, value in out.metrics.items()}
         for name, value in ({name: value / valid for name, value in sums.items()} | shares).items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
-    values = run.mesh.sum_(torch.stack(list(totals.values()))).tolist()
-    return dict(zip(totals, values, strict=True))
+        counts = add_losses(counts, out.counts)
+    together = list((totals | counts).values())
+    summed = run.mesh.sum_(torch.cat([value.double().flatten() for value in together]))
+    parts = summed.split([value.numel() for value in together])
+    means = {name: part.item() for name, part in zip(totals, parts, strict=False)}
+    return means, dict(zip(counts, parts[len(totals) :], strict=True))
 
 
 def update(run: Run) -> tuple[float, float, bool]:

@@ -332,6 +332,9 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
         f"{run.mesh.size} x {run.mesh.device.type}, ZeRO {recipe.parallel.zero_stage}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
+    for letter, layer in recipe.model.layers.items():
+        if shared := getattr(layer, "shares", None):
+            metrics.say(f"layers.{letter}: documents share {shared}")
     metrics.say(f"peak {run.peak.flops / 1e12:.2f} TFLOP/s a rank ({run.peak.source})")
     if run.lock is not None and run.lock.taken_from is not None:
         metrics.event("lock_taken", why=run.lock.taken_from)

@@ -8,6 +8,7 @@ from model.layers.attention import AttentionConfig
 from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
+from model.layers.moe import MoEConfig
 from model.ops.rope import Llama3Scaling, NTKScaling, YarnScaling
 from model.registry import KINDS, LayerConfig
 
@@ -44,6 +45,13 @@ EXAMPLES: dict[str, LayerConfig] = {
         expand=1.5, d_state=3, dt_rank=5, d_conv=3, conv_bias=False, inner_norms=True
     ),
     "mamba in small blocks": MambaConfig(d_state=8, dt_rank=1, d_conv=2, chunk=5),
+    "switch": MoEConfig(n_experts=4, d_hidden=24, activation="relu", gated=False, capacity_factor=1.0),
+    "dropless top 2": MoEConfig(
+        n_experts=5, d_hidden=16, top_k=2, shared_hidden=12, renormalise=True, balance_weight=0.1, z_weight=0.01
+    ),
+    "balanced by bias": MoEConfig(
+        n_experts=6, d_hidden=16, top_k=3, score="sigmoid", bias_rate=0.01, route_scale=1.5, activation="gelu"
+    ),
 }
 
 assert {example.kind for example in EXAMPLES.values()} == set(KINDS), "every registered kind needs an example"

@@ -16,6 +16,11 @@ def within(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     return bool((a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()))
 
 
+def same(layer: LayerConfig, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit; for kinds that route tokens, whose matmuls take other tokens' rows too, up to rounding."""
+    return within(a, b, 1e-6) if getattr(layer, "routed", False) else torch.equal(a, b)
+
+
 def run(model: HybridLM, x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """The first block alone on inputs x."""
     return model.blocks[0](x, Context(Documents.from_starts(starts))).y
@@ -34,7 +39,7 @@ def test_no_output_reads_a_later_token(layer: LayerConfig) -> None:
     for at in (1, 7, 22):
         changed = x.clone()
         changed[:, at:] += 1.0
-        assert torch.equal(run(model, x, starts)[:, :at], run(model, changed, starts)[:, :at])
+        assert same(layer, run(model, x, starts)[:, :at], run(model, changed, starts)[:, :at])
         assert not torch.equal(run(model, x, starts)[:, at:], run(model, changed, starts)[:, at:])
 
 
@@ -50,7 +55,7 @@ def test_no_gradient_flows_to_a_later_token(layer: LayerConfig) -> None:
 
 @kinds
 def test_a_document_never_sees_its_neighbours(layer: LayerConfig) -> None:
-    """Changing documents A and C leaves B's outputs and the gradients of B's inputs bit-identical."""
+    """Changing documents A and C leaves B's outputs and the gradients of B's inputs as they are."""
     model = braid(layer)
     x, starts = inputs([9, 13, 7])
     changed = x.clone()
@@ -62,14 +67,14 @@ def test_a_document_never_sees_its_neighbours(layer: LayerConfig) -> None:
         y = run(model, case, starts)
         y[:, 9:22].square().sum().backward()
         results.append((y[:, 9:22].detach(), case.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1][:, 9:22], results[1][1][:, 9:22])
+    assert same(layer, results[0][0], results[1][0])
+    assert same(layer, results[0][1][:, 9:22], results[1][1][:, 9:22])
     assert results[0][1][:, :9].abs().max() == 0 and results[0][1][:, 22:].abs().max() == 0
 
 
 @kinds
 def test_a_packed_document_equals_the_document_alone(layer: LayerConfig) -> None:
-    model = braid(layer)
+    model = braid(layer).eval()
     x, starts = inputs([9, 13, 7])
     alone = run(model, x[:, 9:22], starts[:, 9:22])
     assert within(run(model, x, starts)[:, 9:22], alone, 1e-5)
@@ -78,7 +83,7 @@ def test_a_packed_document_equals_the_document_alone(layer: LayerConfig) -> None
 @kinds
 def test_prefill_and_steps_equal_the_full_forward(layer: LayerConfig) -> None:
     """Across a document boundary, past the window, with the state handed on after 1, 4 and then single tokens."""
-    model = braid(layer)
+    model = braid(layer).eval()
     tokens, starts = tokens_and_starts([11, 16])
     full = model(tokens, starts).logits
     pieces, state, at = [], None, 0
@@ -93,7 +98,7 @@ def test_prefill_and_steps_equal_the_full_forward(layer: LayerConfig) -> None:
 
 @kinds
 def test_one_layer_steps_equal_its_full_forward(layer: LayerConfig) -> None:
-    model = braid(layer)
+    model = braid(layer).eval()
     x, starts = inputs([11, 8])
     full = run(model, x, starts)
     pieces, state, position = [], None, None
@@ -108,7 +113,7 @@ def test_one_layer_steps_equal_its_full_forward(layer: LayerConfig) -> None:
 @kinds
 def test_gradients_flow_through_a_carried_state(layer: LayerConfig) -> None:
     """Two halves with the state carried give the gradients of the whole: what carried-state training needs."""
-    model = braid(layer)
+    model = braid(layer).eval()
     x, starts = inputs([20])
     whole = x.clone().requires_grad_()
     run(model, whole, starts)[:, 10:].square().sum().backward()
@@ -128,13 +133,14 @@ def test_recomputation_changes_nothing(layer: LayerConfig) -> None:
     for model.recompute in (False, True):
         model.zero_grad()
         model(tokens, starts, tokens.roll(-1, 1)).nll.sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @kinds
 def test_the_table_is_true(layer: LayerConfig) -> None:
-    """Names and shapes of the module's parameters are those of the table; every one receives a gradient."""
+    """Names and shapes of the module's parameters are those of the table; every one that is trained receives a
+    gradient."""
     model = braid(layer)
     table = model.table()
     assert {name for name, _ in model.named_parameters()} == set(table)
@@ -142,7 +148,8 @@ def test_the_table_is_true(layer: LayerConfig) -> None:
         assert parameter.shape == local_layout(table[name]).shape
     tokens, starts = tokens_and_starts([9, 12])
     model(tokens, starts, tokens.roll(-1, 1)).nll.sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    trained = [p for name, p in model.named_parameters() if not table[name].frozen]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
 
 
 @kinds
