@@ -1,4 +1,4 @@
-"""Recipes: one TOML file, read into frozen dataclasses.
+"""Recipes: a TOML file, perhaps over another (`train/bases.py`), read into frozen dataclasses.
 
     recipe = load_recipe(Path("launch/recipes/quickstart.toml"), ["training.tokens=2_000_000"])
 
@@ -8,7 +8,6 @@ ConfigError: one line with the file, the key, what it got, what it wants and the
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from data.prepare import DataConfig
 from model.config import ModelConfig
 from model.hybrid import Precision
 from model.ops.backend import check_names
+from train.bases import merged, origin, read_stages
 from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
 from train.engine import ZeroOptions
@@ -260,8 +260,10 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, with `section.key=value` overrides on top. Raises ConfigError for a user's mistake."""
-    values = _read_toml(path)
+    """Reads a recipe file over its bases, with `section.key=value` overrides on top. Raises ConfigError for a user's
+    mistake, naming the file that it is in."""
+    stages = read_stages(path)
+    values = merged(stages)
     parsed = [parse_override(text) for text in overrides]
     for key, value in parsed:
         override(values, key, value)
@@ -269,15 +271,4 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return read(Recipe, values)
     except ConfigError as error:
         overridden = any(_related(error.key, key) for key, _ in parsed)
-        raise error.at("command line" if overridden else str(path)) from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError("", "no such recipe file", str(path)) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError("", f"not valid UTF-8 at byte {error.start}", str(path)) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError("", f"not valid TOML: {error}", str(path)) from None
+        raise error.at("command line" if overridden else origin(error.key, stages)) from None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a shipped recipe (quickstart)")
+    known = "quickstart, tiny-samba, samba-421m, ...; launch/recipes/README.md has all"
+    parser.add_argument("recipe", metavar="RECIPE", help=f"a TOML file, or the name of a shipped recipe ({known})")
     parser.add_argument(
         "overrides",
         nargs="*",

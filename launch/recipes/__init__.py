@@ -1,4 +1,4 @@
-"""The recipes that Braid ships."""
+"""The recipes that Braid ships; README.md beside this file has a table of them."""
 
 import difflib
 from pathlib import Path
@@ -17,6 +17,11 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     if name in shipped():
         return FOLDER / f"{name}.toml"
-    close = difflib.get_close_matches(Path(name).stem, shipped(), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(shipped())}"
-    raise ValueError(f"recipe: got {name!r}, which is no file and no shipped recipe; {hint}")
+    raise ValueError(f"recipe: got {name!r}, which is no file and no shipped recipe; {_hint(Path(name).stem)}")
+
+
+def _hint(name: str) -> str:
+    """The recipes whose names begin like this, else the nearest name, else all of them."""
+    family = [known for known in shipped() if name and known.startswith(name)]
+    near = family or difflib.get_close_matches(name, shipped(), n=1)
+    return f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(shipped())}"
