@@ -46,8 +46,9 @@ class Row:
     """A benchmark.
 
     measures: one sentence. higher_is_better: False for seconds and bytes. peer_name: what ours is compared with.
-    needs: modules that the peer needs. note: what a reader must know to judge the comparison. derive: further keys of
-    the result, from both sides (the peer's is None where it is not installed). warmup: rounds that are thrown away.
+    needs: modules that the peer needs. absent: what else of it is missing, in words. note: what a reader must know to
+    judge the comparison. derive: further keys of the result, from both sides (the peer's is None where it is not
+    installed). warmup: rounds that are thrown away.
     """
 
     name: str
@@ -58,14 +59,15 @@ class Row:
     peer: Measure
     peer_name: str
     needs: tuple[str, ...] = ()
+    absent: Callable[[], list[str]] = list
     note: str = ""
     derive: Callable[[Side, Side | None], dict[str, Any]] = _nothing_more
     warmup: int = 1
 
     @property
     def missing(self) -> list[str]:
-        """Modules that the peer needs and that are not installed."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+        """What the peer needs and is not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None] + self.absent()
 
     def ratio(self, ours: float, peer: float) -> float:
         """How many times better ours is: above 1 is better, whichever way the unit points."""

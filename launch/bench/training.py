@@ -108,7 +108,7 @@ def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], pee
         sys.modules["mamba_ssm"] = sys.modules["causal_conv1d"] = None  # type: ignore[assignment]
     trials = {}
     for precision in ("bf16 autocast", "bf16 weights"):
-        step = _peer_step(recipe, build(), precision, device)
+        step = peer_step(recipe, build(), precision, device)
         trials[precision] = min(_timed(step, device)[0] for _ in range(PEER_TRIALS))
         del step
     fastest = min(trials, key=lambda precision: trials[precision])
@@ -121,7 +121,7 @@ def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], pee
         "precision": fastest,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    step = _peer_step(recipe, model, fastest, device)
+    step = peer_step(recipe, model, fastest, device)
     yield from _readings(step, steps, recipe.training.tokens_per_step, device, facts)
 
 
@@ -148,7 +148,7 @@ def utilisation(ours: Side, peer: Side | None) -> dict[str, Any]:
     }
 
 
-def _peer_step(recipe: Recipe, model: nn.Module, precision: str, device: torch.device) -> Callable[[], float]:
+def peer_step(recipe: Recipe, model: nn.Module, precision: str, device: torch.device) -> Callable[[], float]:
     """One training step of the peer as a function that returns its loss."""
     model.to(device, torch.bfloat16 if precision == "bf16 weights" else torch.float32).train()
     config, clip_norm, rows = recipe.optimizer, recipe.training.clip_norm, packed_rows(recipe)

@@ -36,14 +36,15 @@ SHAPE = (
 
 
 def nemotron_h() -> "Recipe":
-    return _recipe('model.pattern="M-M-M-*-M-M-M-*-"', f"model.layers={{{MAMBA2}, {ATTENTION}, {MLP}}}")
+    return shaped('model.pattern="M-M-M-*-M-M-M-*-"', f"model.layers={{{MAMBA2}, {ATTENTION}, {MLP}}}")
 
 
 def mamba2() -> "Recipe":
-    return _recipe('model.pattern="(M)x16"', f"model.layers={{{MAMBA2}}}")
+    return shaped('model.pattern="(M)x16"', f"model.layers={{{MAMBA2}}}")
 
 
-def _recipe(*overrides: str) -> "Recipe":
+def shaped(*overrides: str) -> "Recipe":
+    """A recipe of these benchmarks' width, vocabulary and batch."""
     from launch.recipes import FOLDER
     from train.config import load_recipe
 
