@@ -42,4 +42,4 @@ def load_run(
             f"tokenizer: {path} has SHA-256 {tokenizer.sha256[:12]}, the run was trained with {saved['sha256'][:12]}"
         )
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(checkpoint, precision, chosen), tokenizer, checkpoint
+    return load_model(checkpoint, precision, chosen).store_as_computed(), tokenizer, checkpoint

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from model.block import Blocks, Norm, add_losses, block_table, build_block
 from model.config import ModelConfig
 from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
-from model.layers.base import VisibleKeys, norm_spec
+from model.layers.base import Projection, VisibleKeys, norm_spec
 from model.ops.head import linear_cross_entropy
 from model.params import Normal, ParamSpec, Table, allocate, count_active, count_parameters, initialise, split_evenly
 
@@ -221,6 +221,17 @@ class HybridLM(nn.Module):
         x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
         return Hidden(x, after, losses, metrics, counts)
+
+    @torch.no_grad()
+    def store_as_computed(self) -> "HybridLM":
+        """Keeps the weights of projections, and of an untied head, in the compute dtype to which every use casts them:
+        the same numbers without the cast, which takes most of a decoding step. For models that train no more."""
+        for module in self.modules():
+            if isinstance(module, Projection) and not module.wide:
+                module.weight.data = module.weight.data.to(self.precision.compute)
+        if not self.config.tie_embeddings:
+            self.head.weight.data = self.head.weight.data.to(self.precision.compute)
+        return self
 
     def adjustments(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What layers add to parameters of theirs after an optimizer step, given its counts over all ranks."""

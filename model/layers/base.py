@@ -78,9 +78,16 @@ class LayerKind(Protocol):
 
 
 class Projection(nn.Module):
-    """`y = x W^T` in the dtype of x; W: (out, in). Called as a module, so that ZeRO-3 can gather its weight."""
+    """`y = x W^T` in the dtype of x; W: (out, in). Called as a module, so that ZeRO-3 can gather its weight.
+
+    wide: it is always called with x in float32.
+    """
 
     weight: nn.Parameter
+
+    def __init__(self, wide: bool = False) -> None:
+        super().__init__()
+        self.wide = wide
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))

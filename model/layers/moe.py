@@ -127,7 +127,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, dims: Dims, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.router, self.up, self.down = Projection(), Experts(), Experts()
+        self.router, self.up, self.down = Projection(wide=True), Experts(), Experts()
         self.register_parameter("bias", None)
         self.shared = None if config.shared is None else config.shared.build(dims)
         allocate_table(self, config.table(dims), device)
@@ -216,12 +216,10 @@ class MoE(nn.Module):
         return {"bias": self.config.bias_rate * torch.sign(load.mean() - load).float()}
 
 
-class Experts(nn.Module):
+class Experts(Projection):
     """A projection per expert, called as a module so that ZeRO-3 can gather its weight (E O, I)."""
 
-    weight: nn.Parameter
-
-    def forward(self, x: Tensor, counts: Tensor, experts: int) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, experts: int) -> Tensor:  # type: ignore[override]
         return grouped_matmul(x, self.weight.to(x.dtype).unflatten(0, (experts, -1)), counts)
 
 

@@ -189,3 +189,17 @@ def test_bfloat16_compute_stays_close(layer: LayerConfig) -> None:
     rounded = model(tokens, starts, tokens.roll(-1, 1)).nll
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@kinds
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_stored_as_computed_give_the_same_numbers(layer: LayerConfig, tied: bool) -> None:
+    """What generation and evaluation load: the cast is taken once instead of at every use, and nothing else is cast."""
+    model = braid(layer, tie_embeddings=tied).eval()
+    model.precision = Precision(torch.bfloat16, torch.float32)
+    tokens, starts = tokens_and_starts([9, 12])
+    with torch.no_grad():
+        before = model(tokens, starts).logits
+        dtypes = {p.dtype for p in model.store_as_computed().parameters()}
+        assert torch.equal(model(tokens, starts).logits, before)
+    assert torch.float32 in dtypes and torch.bfloat16 in dtypes
