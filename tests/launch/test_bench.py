@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import cli
 from launch.bench import rows as registry
@@ -203,3 +205,70 @@ def test_the_peer_of_the_quickstart_has_its_weights():
     peer = granite(recipe.model, recipe.training.sequence_length)
     assert sum(parameter.numel() for parameter in peer.parameters()) == parameter_count(recipe.model)
     assert peer.config.layer_types == ["linear_attention", "full_attention"] * 4
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "mamba2"])
+def test_the_peers_of_the_hybrids_start_from_our_weights(family: str):
+    """The same function of the same weights, or a ratio compares two models."""
+    from launch.bench.rows import train_hybrids
+    from model.hybrid import HybridLM, initialise_model
+
+    recipe = getattr(train_hybrids, family)()
+    ours = HybridLM(recipe.model)
+    initialise_model(ours, recipe.seed)
+    theirs = getattr(train_hybrids, f"hf_{family}")(recipe).eval()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    tokens = torch.arange(40).view(2, 20) * 7
+    starts = torch.zeros(tokens.shape, dtype=torch.bool)
+    with torch.no_grad():
+        difference = (ours(tokens, starts).logits - theirs(input_ids=tokens, use_cache=False).logits).abs().max()
+    assert difference < 1e-4
+
+
+def test_the_minimal_scan_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The peer of the SSD row gets the arguments in its own conventions; where it is not there the row says so."""
+    from launch.bench.rows import ssd as row
+    from model.ops.ssd import ssd
+
+    if row.absent():
+        assert row.absent() == ["mamba_ssm (make peers)"]
+        pytest.skip("no mamba-ssm beside the environment (make peers)")
+    runs: list[Callable] = []
+    monkeypatch.setattr(row, "_tokens_per_s", lambda run, length: runs.append(run) or 1.0)
+    before = dict(sys.modules)
+    next(row.peer(True))
+    next(row.ours(True))
+    for name in set(sys.modules) - set(before):
+        if name.startswith("mamba_ssm"):
+            del sys.modules[name]
+    generator = torch.Generator().manual_seed(0)
+    x, B, C = (torch.randn(1, 128, n, p, generator=generator) for n, p in ((16, 64), (1, 128), (1, 128)))
+    dt, A = torch.rand(1, 128, 16, generator=generator) * 0.1, -torch.rand(16, generator=generator) * 8
+    theirs, ours = runs[0](x, dt, A, B, C), runs[1](x, dt, A, B, C)
+    assert torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3)
+    assert torch.equal(ours, ssd(x, dt, A, B, C)[0])
+
+
+def test_serving_rows_serve(monkeypatch: pytest.MonkeyPatch):
+    """Prefill and decoding of both sides, on a short context."""
+    from launch.bench.rows import serving
+
+    monkeypatch.setattr(serving, "QUICK_CONTEXT", 16)
+    monkeypatch.setattr(serving, "STEPS", 2)
+    for side in (serving.prefill_ours, serving.decode_ours, serving.decode_llama, serving.decode_samba_short):
+        readings = side(True)
+        assert next(readings).value > 0 and next(readings).value > 0
+
+
+def test_the_peak_of_memory_is_that_of_the_step():
+    """A tensor that lives within a step only counts, and not in the next one."""
+    from launch.bench.rows.serving import _peaks
+
+    def steps():
+        for size in (64 << 18, 1):
+            held = torch.ones(size)
+            del held
+            yield None
+
+    first, second = (reading.value for reading in _peaks(steps()))
+    assert first > 0.06 and second < first

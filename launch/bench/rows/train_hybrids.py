@@ -82,7 +82,7 @@ def hf_nemotron_h(recipe: "Recipe") -> "nn.Module":
 
     from model.hf.nemotron_h import configuration
 
-    values = configuration(recipe.model) | {"chunk_size": PEER_CHUNK, "use_cache": False}
+    values = configuration(recipe.model) | {"chunk_size": PEER_CHUNK, "attn_implementation": "sdpa"}
     return _with_our_weights(NemotronHForCausalLM, NemotronHConfig(**values), recipe)
 
 
@@ -107,7 +107,6 @@ def hf_mamba2(recipe: "Recipe") -> "nn.Module":
         chunk_size=PEER_CHUNK,
         layer_norm_epsilon=model.norm_eps,
         tie_word_embeddings=False,
-        use_cache=False,
     )
     return _with_our_weights(Mamba2ForCausalLM, config, recipe)
 
@@ -129,9 +128,7 @@ def _with_our_weights(kind: Any, config: Any, recipe: "Recipe") -> "nn.Module":
     with TemporaryDirectory(prefix="braid-bench-") as folder:
         save_file({name: value.contiguous() for name, value in values.items()}, str(Path(folder) / "model.safetensors"))
         config.save_pretrained(folder)
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(names) for key, names in report.items() if names and key != "error_msgs"}
     assert not wrong, f"the peer's weights are not ours: {wrong}"
     return model
