@@ -398,6 +398,10 @@ static void ssd_lay(const T *x, long xb, long xt, const float *first, const floa
         }
 }
 
+static inline float decay(float exponent) {  // at most 1, at least what keeps products normal: others are slow
+    return exp2_(std::max(std::min(exponent, 0.f), -63.f));
+}
+
 static inline long first_seen(const int32_t *index, long q) {  // of the chunk's tokens, by token q
     if (!index) return 0;
     long first = q;
@@ -420,7 +424,7 @@ static void ssd_mask(const T *CB, const float *cs, const int32_t *index, T *M, l
                 std::memset(out + i * Q, 0, low * sizeof(T));
 #pragma omp simd
                 for (long j = low; j <= i; j++)
-                    put(out[i * Q + j], exp2_(std::min(sum[i] - sum[j], 0.f)) * wide(dots[i * Q + j]));
+                    put(out[i * Q + j], decay(sum[i] - sum[j]) * wide(dots[i * Q + j]));
                 std::memset(out + i * Q + i + 1, 0, (Q - i - 1) * sizeof(T));
             }
         }
@@ -452,7 +456,7 @@ static void ssd_mask_backward(const T *CB, const float *cs, const int32_t *index
                         std::memset(M + at, 0, low * sizeof(T));
 #pragma omp simd reduction(+ : row)
                         for (long j = low; j <= i; j++) {
-                            const float L = exp2_(std::min(sum[i] - sum[j], 0.f)), dot = wide(dots[i * Q + j]);
+                            const float L = decay(sum[i] - sum[j]), dot = wide(dots[i * Q + j]);
                             const float d = wide(dM[at + j]) * L;
                             total[j] += d;
                             weighted[j] = d * dot;
