@@ -10,9 +10,11 @@ numbers are exact there); probabilities are rounded to the input's dtype for the
 Legend: B batch, T tokens, L cached tokens, S = L + T keys, H query heads, K key/value heads, R = H/K, P head dim.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,14 @@ declare(
         HALVES,
         {"head_dim": range(1, 257)},  # what is no multiple of 8 it pads itself
         module="flash_attn",
+        device="cuda",
+        capability=(8, 0),
+    ),
+    Backend(
+        "torch_varlen",  # flash attention as torch brings it
+        frozenset({"documents", "window"}),
+        HALVES,
+        {"head_dim": range(8, 257, 8)},
         device="cuda",
         capability=(8, 0),
     ),
@@ -83,6 +93,10 @@ def attention(
         if documents is not None and bounds is None:
             bounds = document_bounds(documents)
         return _flash(q, k, v, window, bounds, scale, cap)
+    if name == "torch_varlen":
+        if documents is not None and bounds is None:
+            bounds = document_bounds(documents)
+        return _torch_varlen(q, k, v, window, bounds, scale)
     k, v, document, limit = _with_past(q, k, v, documents, past, window)
     if name == "reference":
         return attention_reference(q, k, v, document, limit, scale, cap)
@@ -155,6 +169,22 @@ def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float, cap
     longest = q.shape[1]  # an upper bound: the exact length would have to be waited for
     rows = (x.flatten(0, 1) for x in (q, k, v))
     return flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, **options).view(q.shape)
+
+
+def _torch_varlen(q, k, v, window: int | None, bounds: Tensor | None, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, H, _ = q.shape
+    if bounds is None:
+        bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if k.shape[2] != H:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
+    rows = (x.flatten(0, 1) for x in (q, k, v))
+    return varlen_attn(*rows, bounds, bounds, T, T, **options).view(q.shape)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.ops import backend
-from model.ops.attention import Past, attention
+from model.ops.attention import Past, attention, attention_reference
 from model.ops.backend import Backend, chosen, request
 from model.ops.conv import causal_conv, causal_conv_reference
 from model.ops.ssd import ssd
@@ -149,6 +149,38 @@ def test_one_token_after_a_state_goes_to_plain_torch():
     ssd(*args, initial_state=state, backend="mamba_ssm")
     conv(T=1, state=leaf(2, 3, 8, dtype=HALF), backend="causal_conv1d")
     assert chosen() == {"ssd": "mamba_ssm, torch", "conv": "causal_conv1d, torch"}
+
+
+@pytest.mark.parametrize("grouped", ["by the kernel", "by us"])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("lengths", [None, ([2, 4, 5], [11])])
+def test_torchs_varlen_attention_is_asked_for_the_same(monkeypatch, grouped, window, lengths):
+    """Documents, windows and groups of heads in its conventions: a fake computes what it was asked."""
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
+        assert max_q == max_k >= cu_q.diff().max() and window_size[1] == 0
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        limit = len(q) if window_size[0] < 0 else window_size[0] + 1
+        spans = [slice(a, b) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
+        parts = [attention_reference(q[None, s], k[None, s], v[None, s], None, limit, scale)[0] for s in spans]
+        return torch.cat(parts)
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        return kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    import torch.nn.attention.varlen as varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel if grouped == "by the kernel" else older)
+    q, k, v = leaf(2, 11, 4, 8, dtype=HALF), leaf(2, 11, 2, 8, dtype=HALF), leaf(2, 11, 2, 8, dtype=HALF, seed=1)
+    documents = None if lengths is None else packed(*lengths)
+    ask = {"window": window, "documents": documents, "scale": 0.3}
+    assert_same(
+        [attention(q, k, v, backend="torch_varlen", **ask)], [attention(q, k, v, backend="reference", **ask)], 1e-6
+    )
+    for lacking in ({"cap": 2.0}, {"past": Past(k, v, torch.tensor([2, 2]))}):
+        with pytest.raises(ValueError, match="torch_varlen' cannot serve this call: it has no"):
+            attention(q, k, v, backend="torch_varlen", **lacking)
 
 
 def test_flash_attn_wants_an_ampere_gpu(monkeypatch):
