@@ -183,8 +183,9 @@ def _torch_varlen(q, k, v, window: int | None, bounds: Tensor | None, scale: flo
             options["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
-    rows = (x.flatten(0, 1) for x in (q, k, v))
-    return varlen_attn(*rows, bounds, bounds, T, T, **options).view(q.shape)
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    out: Any = varlen_attn(queries, keys, values, bounds, bounds, T, T, **options)
+    return out.view(q.shape)
 
 
 class _BlockAttention(torch.autograd.Function):
