@@ -1,4 +1,4 @@
-"""Loops in C++ (`native.cpp`) for the CPU: compiled by g++ when an op first asks for them, which takes seconds, and
+"""Loops in C++ (`cpp/`) for the CPU: compiled by g++ when an op first asks for them, which takes seconds, and
 kept for every later run on such a machine. Where there is no compiler, ops go without; nothing needs them.
 
     if native_ready():
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+FOLDER = Path(__file__).with_name("cpp")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -50,7 +50,7 @@ class Library:
     def call(
         self, name: str, dtype: torch.dtype, *arguments: Tensor | float | None, to: torch.dtype | None = None
     ) -> None:
-        """Runs `name` for tensors of `dtype` (and results of `to`) with arguments in the order of native.cpp."""
+        """Runs `name` for tensors of `dtype` (and results of `to`) with arguments in the order of its source."""
         suffix = DTYPES[dtype] if to is None else f"{DTYPES[dtype]}_{DTYPES[to]}"
         self._loaded[f"{name}_{suffix}"](*map(_argument, arguments))
 
@@ -80,7 +80,7 @@ def with_rows(x: Tensor) -> Tensor:
 @cache
 def library() -> Library | None:
     """The loops for this machine, compiled if need be; None where they are switched off or cannot be compiled."""
-    if os.environ.get(SWITCH) == "0" or not SOURCE.is_file():
+    if os.environ.get(SWITCH) == "0" or not FOLDER.is_dir():
         return None
     try:
         return Library(_compiled())
@@ -89,19 +89,21 @@ def library() -> Library | None:
 
 
 def _compiled() -> Path:
-    """The shared object: of this source, compiler and kind of processor. Raises OSError, SubprocessError."""
+    """The shared object: of these sources, compiler and kind of processor. Raises OSError, SubprocessError."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     threads = _thread_library()
-    key = "\n".join([SOURCE.read_text(), *FLAGS, compiler, str(threads), _processor()])
+    sources = sorted(FOLDER.iterdir())
+    key = "\n".join([*(path.read_text() for path in sources), *FLAGS, compiler, str(threads), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braid"
     path = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as room:  # ranks that start together each make their own
             made = Path(room) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), *([str(threads)] if threads else [])]
+            compiled = [str(path) for path in sources if path.suffix == ".cpp"]
+            command = [compiler, *FLAGS, *compiled, "-o", str(made), *([str(threads)] if threads else [])]
             subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
             made.replace(path)
     return path

@@ -124,7 +124,7 @@ def test_the_loops_agree_with_plain_torch(name: str):
     """They round once where torch rounds at each step, and add in another order; nothing else may differ."""
     for got, want in zip(by("native", name), by("torch", name), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
-        within = 2e-6 if want.dtype == F32 and "bfloat16" not in name else 1e-2
+        within = 5e-6 if want.dtype == F32 and "bfloat16" not in name else 1e-2
         assert (got.double() - want.double()).abs().max() <= within * want.double().abs().max().clamp(min=1e-30)
 
 
@@ -140,6 +140,34 @@ def test_the_number_of_threads_changes_nothing(name: str):
         assert all(torch.equal(a, b) for one in results[1:] for a, b in zip(one, results[0], strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("H", "P", "G", "N", "T"), [(4, 64, 1, 128, 200), (6, 80, 2, 48, 130), (2, 33, 2, 16, 64)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_scans_of_real_sizes(dtype: torch.dtype, H: int, P: int, G: int, N: int, T: int):
+    """Whole tiles, tiles that are filled up and a short last chunk, beside the chunked form in float64."""
+    x, Bm, C = leaf(2, T, H, P), leaf(2, T, G, N), leaf(2, T, G, N, seed=1)
+    dt, A = torch.nn.functional.softplus(leaf(2, T, H) - 2), -torch.exp(leaf(H, seed=1))
+    given = [v.detach().to(dtype) for v in (x, Bm, C)] + [
+        v.detach().float() for v in (dt, A, leaf(H), leaf(2, H, P, N))
+    ]
+    index = packed([40, T - 55, 15], [T])
+
+    def run(form: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [v.double().to(dtype if i < 3 else torch.promote_types(dtype, F32)) for i, v in enumerate(given)]
+        x, b, c, step, decay, D, state = leaves = [v.requires_grad_() for v in leaves]
+        return outputs_and_gradients(
+            lambda: list(
+                ssd(
+                    x, step, decay, b, c, D=D, documents=index, initial_state=state, return_state=True, backend=form
+                )
+            ),
+            leaves,
+        )  # fmt: skip
+
+    want = run("torch", torch.float64)
+    for got, wanted in zip(run("native", dtype), want, strict=True):
+        assert (got.double() - wanted).abs().max() <= (1e-5 if dtype == F32 else 2e-2) * wanted.abs().max()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -1,0 +1,448 @@
+// The chunked form of SSD (see ssd_chunked.py), in three passes over the chunks, as the authors' GPU kernels have it:
+// decays; the states between chunks, head by head; what each chunk gives, chunk by chunk. Nothing but states goes
+// through memory between the passes, and results do not depend on the number of threads.
+//
+// Legend: B rows of S tokens, H = G R heads of P, N state, chunks of Q tokens. A last chunk that is shorter is filled up
+// with zeros, P and N to multiples of 32 (PW, NW).
+
+#include "tiles.h"
+
+static inline float decay(float exponent) {  // at most 1, at least what keeps products normal: others are slow
+    return exp2_(std::max(std::min(exponent, 0.f), -63.f));
+}
+
+static const float LEAST = -43.668274f;  // the least log-decay worth computing, log(FLT_MIN) / 2
+
+struct Sizes {
+    long B, S, G, R, P, N, Q;
+    long H = G * R, chunks = (S + Q - 1) / Q, PW = padded(P), NW = padded(N);
+
+    long tokens(long chunk) const { return std::min(Q, S - chunk * Q); }
+};
+
+struct Decays {  // (B, H, chunks, Q): log2 of the decay from the start of a run of one document in the chunk, the
+                 // factor of the state that enters the chunk, the decay to the chunk's end (0 from other documents)
+    double *sums;  // their small differences count
+    float *enter, *leave;
+
+    Decays(double *all, const Sizes &z)
+        : sums(all),
+          enter(reinterpret_cast<float *>(sums + z.B * z.H * z.chunks * z.Q)),
+          leave(enter + z.B * z.H * z.chunks * z.Q) {}
+};
+
+static void documents_of(const int32_t *index, const Sizes &z, long b, long chunk, int32_t *document) {
+    for (long q = 0; q < z.Q; q++) document[q] = index ? index[b * z.S + std::min(chunk * z.Q + q, z.S - 1)] : 0;
+}
+
+static void decays_of(const float *dt, const float *A, const int32_t *index, const Sizes &z, long b, long chunk,
+                      const Decays &d) {
+    int32_t *document = room.take<int32_t>(z.Q);
+    documents_of(index, z, b, chunk, document);
+    const int32_t before = index && chunk ? index[b * z.S + chunk * z.Q - 1] : 0, last = document[z.Q - 1];
+    for (long h = 0; h < z.H; h++) {
+        const long at = ((b * z.H + h) * z.chunks + chunk) * z.Q;
+        double *sums = d.sums + at;
+        float *enter = d.enter + at, *leave = d.leave + at;
+        double sum = 0;
+        for (long q = 0; q < z.Q; q++) {
+            if (q && document[q] != document[q - 1]) sum = 0;
+            if (q < z.tokens(chunk)) sum += std::max(dt[(b * z.S + chunk * z.Q + q) * z.H + h] * A[h], LEAST);
+            sums[q] = sum / std::log(2.0);
+        }
+        const double end = sums[z.Q - 1];
+#pragma omp simd
+        for (long q = 0; q < z.Q; q++) {
+            enter[q] = document[q] == before ? decay(sums[q]) : 0.f;
+            leave[q] = document[q] == last ? decay(end - sums[q]) : 0.f;
+        }
+    }
+}
+
+// Decays inside a chunk, from token j to token i, 16 tokens at a time: a number of i times a number of j, both at most
+// 1, by way of a token between them; only among the 16 one by one.
+struct Between {
+    const double *sums;
+    const int32_t *document;
+
+    void to(long middle, long first, long end, float *out) const {  // from tokens before it to the middle, or back
+#pragma omp simd
+        for (long q = first; q < end; q++)
+            out[q - first] = document[q] == document[middle] ? decay(-std::fabs(float(sums[q] - sums[middle]))) : 0.f;
+    }
+
+    void near(long i, long first, float *out) const {  // from 16 tokens to token i among them
+#pragma omp simd
+        for (long j = first; j < first + 16; j++)
+            out[j - first] = (i >= j) & (document[i] == document[j]) ? decay(sums[i] - sums[j]) : 0.f;
+    }
+
+    void nearer(long j, long first, float *out) const {  // from token j to 16 tokens, it among them
+#pragma omp simd
+        for (long i = first; i < first + 16; i++)
+            out[i - first] = (i >= j) & (document[i] == document[j]) ? decay(sums[i] - sums[j]) : 0.f;
+    }
+};
+
+template <class T>
+static void turned(const T *from, long stride, long tokens, const Sizes &z, T *out) {  // (Q, N) to (NW, Q)
+    uint32_t *panel = room.take<uint32_t>(z.Q * z.NW / PER_WORD<T>);
+    pack(from, stride, tokens, z.N, nullptr, panel, z.Q, z.NW);
+    turn(panel, reinterpret_cast<uint32_t *>(out), z.Q / PER_WORD<T>, z.NW);
+}
+
+template <class T>
+static void ssd_forward(const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt,
+                        const T *C, long cb, long ct, const float *D, const int32_t *index, float *state, T *y, T *states,
+                        double *decays, T *turned_B, long rows, long S, long G, long R, long P, long N, long Q) {
+    // y (B, S, H, P); state (B, H, P, N), first, becomes the last; states (B, H, chunks, NW, PW) enter the chunks;
+    // decays and turned_B (B, G, chunks, NW, Q) are room
+    const Sizes z{rows, S, G, R, P, N, Q};
+    const Decays d(decays, z);
+    const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < rows; b++)
+            for (long chunk = 0; chunk < chunks; chunk++) {
+                room.reset();
+                decays_of(dt, A, index, z, b, chunk, d);
+                for (long g = 0; g < G; g++)
+                    turned(B + b * bb + chunk * Q * bt + g * N, bt, z.tokens(chunk), z,
+                           turned_B + ((b * G + g) * chunks + chunk) * NW * Q);
+            }
+
+#pragma omp for collapse(2) schedule(dynamic)
+        for (long b = 0; b < rows; b++)
+            for (long h = 0; h < H; h++) {
+                room.reset();
+                float *S_ = room.take<float>(NW * PW), *given = state + (b * H + h) * P * N, *weight = room.take<float>(Q);
+                uint32_t *left = room.take<uint32_t>(Q / W * PW);
+                std::fill(S_, S_ + NW * PW, 0.f);
+                for (long n = 0; n < N; n++)
+                    for (long p = 0; p < P; p++) S_[n * PW + p] = given[p * N + n];
+                for (long chunk = 0; chunk < chunks; chunk++) {
+                    const long at = ((b * H + h) * chunks + chunk) * Q, tokens = z.tokens(chunk), start = chunk * Q;
+                    T *into = states + ((b * H + h) * chunks + chunk) * NW * PW;
+                    const T *Bt = turned_B + ((b * G + h / R) * chunks + chunk) * NW * Q;
+                    const float through = d.enter[at + Q - 1];
+                    for (long q = 0; q < tokens; q++) weight[q] = d.leave[at + q] * dt[(b * S + start + q) * H + h];
+                    pack(x + b * xb + start * xt + h * P, xt, tokens, P, weight, left, Q, PW);
+                    tiles(NW, 0, PW, [&](long n, long p, auto &tile) {
+                        multiply(tile, Bt + n * Q, Q / W, left + p, PW, Q / W);
+                        for (int r = 0; r < 4; r++)
+                            for (auto &v : tile[r]) {
+                                const long at = (n + r) * PW + p + (&v - tile[r]) * LANES;
+                                const Lanes before = lanes(S_ + at);
+                                keep(into + at, before);
+                                keep(S_ + at, before * through + v);
+                            }
+                    });
+                }
+                for (long n = 0; n < N; n++)
+                    for (long p = 0; p < P; p++) given[p * N + n] = S_[n * PW + p];
+            }
+
+#pragma omp for collapse(3) schedule(dynamic)
+        for (long b = 0; b < rows; b++)
+            for (long chunk = 0; chunk < chunks; chunk++)
+                for (long g = 0; g < G; g++) {
+                    room.reset();
+                    const long start = chunk * Q, tokens = z.tokens(chunk);
+                    int32_t *document = room.take<int32_t>(Q);
+                    T *Br = room.take<T>(Q * NW), *Cr = room.take<T>(Q * NW), *M = room.take<T>(16 * Q);
+                    uint32_t *Bp = room.take<uint32_t>(Q * NW / W), *Sp = room.take<uint32_t>(NW / W * PW);
+                    uint32_t *xp = room.take<uint32_t>(Q / W * PW);
+                    float *CB = room.take<float>(Q * Q), *from = room.take<float>(Q), *step = room.take<float>(Q);
+                    documents_of(index, z, b, chunk, document);
+                    lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
+                    lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
+                    turn(Br, Bp, Q, NW / W);
+                    for (long i = 0; i < Q; i += 16)
+                        tiles(16, 0, i + 16, [&](long r, long j, auto &tile) {
+                            multiply(tile, Cr + (i + r) * NW, NW / W, Bp + j, Q, NW / W);
+                            for (int k = 0; k < 4; k++) std::memcpy(CB + (i + r + k) * Q + j, tile[k], sizeof tile[k]);
+                        });
+                    std::fill(step, step + Q, 0.f);
+                    for (long h = g * R; h < (g + 1) * R; h++) {
+                        const long at = ((b * H + h) * chunks + chunk) * Q;
+                        const T *x_ = x + b * xb + start * xt + h * P;
+                        const Between between{d.sums + at, document};
+                        const float skip = D ? D[h] : 0.f;
+                        for (long q = 0; q < tokens; q++) step[q] = dt[(b * S + start + q) * H + h];
+                        pack(states + ((b * H + h) * chunks + chunk) * NW * PW, PW, NW, PW, (float *)nullptr, Sp, NW, PW);
+                        pack(x_, xt, tokens, P, (float *)nullptr, xp, Q, PW);
+                        for (long first = 0; first < tokens; first += 16) {
+                            float to[16], near[16];
+                            between.to(first, 0, first, from);
+                            between.to(first, first, first + 16, to);
+                            for (long j = 0; j < first; j++) from[j] *= step[j];
+                            for (long r = 0; r < 16; r++) {
+                                const float *dots = CB + (first + r) * Q;
+                                for (long j = 0; j < first; j += LANES)
+                                    keep(M + r * Q + j, lanes(from + j) * lanes(dots + j) * to[r]);
+                                between.near(first + r, first, near);
+                                keep(M + r * Q + first, lanes(near) * lanes(step + first) * lanes(dots + first));
+                            }
+                            tiles(16, 0, PW, [&](long r, long p, auto &tile) {
+                                multiply(tile, Cr + (first + r) * NW, NW / W, Sp + p, PW, NW / W);
+                                for (int k = 0; k < 4; k++)
+                                    for (auto &v : tile[k]) v *= d.enter[at + first + r + k];
+                                multiply(tile, M + r * Q, Q / W, xp + p, PW, (first + r + 4) / W);
+                                for (int k = 0; k < 4; k++) {
+                                    const long q = first + r + k;
+                                    if (q >= tokens) break;
+                                    for (auto &v : tile[k]) {
+                                        const long c = p + (&v - tile[k]) * LANES;
+                                        v += some_lanes(x_ + q * xt + c, P - c) * skip;
+                                        keep_some(y + ((b * S + start + q) * H + h) * P + c, v, P - c);
+                                    }
+                                }
+                            });
+                        }
+                    }
+                }
+    }
+}
+
+template <class T>
+static void ssd_backward(const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt,
+                         const T *C, long cb, long ct, const float *D, const int32_t *index, const T *dy, long dyb,
+                         long dyt, const T *states, float *d_state, T *d_states, double *decays, T *turned_C,
+                         float *d_through, T *dx, float *d_dt, T *dB, T *dC, float *dA, float *dD, long rows, long S,
+                         long G, long R, long P, long N, long Q) {
+    // d_state (B, H, P, N), of the last state, becomes that of the first; d_states as states, of those that leave the
+    // chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and dD (B, chunks, H)
+    const Sizes z{rows, S, G, R, P, N, Q};
+    const Decays d(decays, z);
+    const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < rows; b++)
+            for (long chunk = 0; chunk < chunks; chunk++) {
+                room.reset();
+                decays_of(dt, A, index, z, b, chunk, d);
+                for (long g = 0; g < G; g++)
+                    turned(C + b * cb + chunk * Q * ct + g * N, ct, z.tokens(chunk), z,
+                           turned_C + ((b * G + g) * chunks + chunk) * NW * Q);
+            }
+
+#pragma omp for collapse(2) schedule(dynamic)
+        for (long b = 0; b < rows; b++)
+            for (long h = 0; h < H; h++) {
+                room.reset();
+                float *dS = room.take<float>(NW * PW), *given = d_state + (b * H + h) * P * N;
+                uint32_t *entered = room.take<uint32_t>(Q / W * PW);
+                std::fill(dS, dS + NW * PW, 0.f);
+                for (long n = 0; n < N; n++)
+                    for (long p = 0; p < P; p++) dS[n * PW + p] = given[p * N + n];
+                for (long chunk = chunks - 1; chunk >= 0; chunk--) {
+                    const long at = ((b * H + h) * chunks + chunk) * Q, one = at / Q * NW * PW;
+                    const T *S_ = states + one, *Ct = turned_C + ((b * G + h / R) * chunks + chunk) * NW * Q;
+                    const float through = d.enter[at + Q - 1];
+                    Lanes along = {};
+                    pack(dy + b * dyb + chunk * Q * dyt + h * P, dyt, z.tokens(chunk), P, d.enter + at, entered, Q, PW);
+                    tiles(NW, 0, PW, [&](long n, long p, auto &tile) {
+                        multiply(tile, Ct + n * Q, Q / W, entered + p, PW, Q / W);
+                        for (int r = 0; r < 4; r++)
+                            for (auto &v : tile[r]) {
+                                const long at = (n + r) * PW + p + (&v - tile[r]) * LANES;
+                                const Lanes after = lanes(dS + at);
+                                along += after * lanes(S_ + at);
+                                keep(d_states + one + at, after);
+                                keep(dS + at, after * through + v);
+                            }
+                    });
+                    d_through[at / Q] = sum_of(along) * through;
+                }
+                for (long n = 0; n < N; n++)
+                    for (long p = 0; p < P; p++) given[p * N + n] = dS[n * PW + p];
+            }
+
+#pragma omp for collapse(3) schedule(dynamic)
+        for (long b = 0; b < rows; b++)
+            for (long chunk = 0; chunk < chunks; chunk++)
+                for (long g = 0; g < G; g++) {
+                    room.reset();
+                    const long start = chunk * Q, tokens = z.tokens(chunk);
+                    int32_t *document = room.take<int32_t>(Q);
+                    T *Br = room.take<T>(Q * NW), *Bt = room.take<T>(NW * Q), *xr = room.take<T>(Q * PW);
+                    T *dyr = room.take<T>(Q * PW), *Mt = room.take<T>(Q * Q);
+                    const T *Ct = turned_C + ((b * G + g) * chunks + chunk) * NW * Q;
+                    uint32_t *xtp = room.take<uint32_t>(PW / W * Q), *dytp = room.take<uint32_t>(PW / W * Q);
+                    uint32_t *dyp = room.take<uint32_t>(Q / W * PW), *dSp = room.take<uint32_t>(NW / W * PW);
+                    float *CBt = room.take<float>(Q * Q), *dCBt = room.take<float>(Q * Q);
+                    float *dBt = room.take<float>(NW * Q), *dCt = room.take<float>(NW * Q);
+                    float *step = room.take<float>(Q), *weight = room.take<float>(Q), *from = room.take<float>(Q);
+                    float *d_sums = room.take<float>(Q), *d_enter = room.take<float>(Q), *d_leave = room.take<float>(Q);
+                    float *slopes = room.take<float>(Q);
+                    documents_of(index, z, b, chunk, document);
+                    lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
+                    turned(B + b * bb + start * bt + g * N, bt, tokens, z, Bt);
+                    std::fill(dCBt, dCBt + Q * Q, 0.f);
+                    std::fill(dBt, dBt + NW * Q, 0.f);
+                    std::fill(dCt, dCt + NW * Q, 0.f);
+                    {
+                        T *Cr = room.take<T>(Q * NW);
+                        uint32_t *Cp = room.take<uint32_t>(NW / W * Q);
+                        lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
+                        turn(Cr, Cp, Q, NW / W);
+                        for (long j = 0; j < Q; j += 16)
+                            tiles(16, j, Q, [&](long r, long i, auto &tile) {
+                                multiply(tile, Br + (j + r) * NW, NW / W, Cp + i, Q, NW / W);
+                                for (int k = 0; k < 4; k++)
+                                    std::memcpy(CBt + (j + r + k) * Q + i, tile[k], sizeof tile[k]);
+                            });
+                    }
+                    std::fill(step, step + Q, 0.f);
+                    for (long h = g * R; h < (g + 1) * R; h++) {
+                        const long at = ((b * H + h) * chunks + chunk) * Q, one = at / Q * NW * PW;
+                        const Between between{d.sums + at, document};
+                        for (long q = 0; q < tokens; q++) step[q] = dt[(b * S + start + q) * H + h];
+                        for (long q = 0; q < Q; q++) weight[q] = d.leave[at + q] * step[q];
+                        lay(x + b * xb + start * xt + h * P, xt, tokens, P, xr, Q, PW);
+                        lay(dy + b * dyb + start * dyt + h * P, dyt, tokens, P, dyr, Q, PW);
+                        turn(xr, xtp, Q, PW / W);
+                        turn(dyr, dytp, Q, PW / W);
+                        pack(dyr, PW, Q, PW, (float *)nullptr, dyp, Q, PW);
+                        pack(d_states + one, PW, NW, PW, (float *)nullptr, dSp, NW, PW);
+                        std::fill(d_sums, d_sums + Q, 0.f);
+                        std::fill(d_enter, d_enter + Q, 0.f);
+                        std::fill(d_leave, d_leave + Q, 0.f);
+                        std::fill(slopes, slopes + Q, 0.f);
+
+                        // y_i has sum_j M_ij dt_j x_j with M = L o C B^T. Row and column sums of dM o M are of the
+                        // same numbers, so that what cancels in the sum over tokens does.
+                        for (long first = 0; first < Q; first += 16) {
+                            float to[16], near[16][16];
+                            between.to(first + 15, first, first + 16, to);
+                            between.to(first + 15, first + 16, Q, from + first + 16);
+                            for (long j = 0; j < 16; j++) between.nearer(first + j, first, near[j]);
+                            tiles(16, first, Q, [&](long r, long i, auto &tile) {
+                                multiply(tile, xr + (first + r) * PW, PW / W, dytp + i, Q, PW / W);
+                                for (int k = 0; k < 4; k++) {
+                                    const long j = first + r + k;
+                                    Lanes row = {};
+                                    for (auto &v : tile[k]) {
+                                        const long c = i + (&v - tile[k]) * LANES;
+                                        const Lanes L = c == first ? lanes(near[r + k]) : lanes(from + c) * to[r + k];
+                                        const Lanes dot = lanes(CBt + j * Q + c), slope = v * L * step[j];
+                                        keep(dCBt + j * Q + c, lanes(dCBt + j * Q + c) + slope);
+                                        keep(d_sums + c, lanes(d_sums + c) + slope * dot);
+                                        row += slope * dot;
+                                        keep(Mt + j * Q + c, L * dot);
+                                    }
+                                    slopes[j] += sum_of(row);
+                                }
+                            });
+                        }
+
+                        // y_i has enter_i C_i S
+                        tiles(NW, 0, Q, [&](long n, long i, auto &tile) {
+                            multiply(tile, states + one + n * PW, PW / W, dytp + i, Q, PW / W);
+                            for (int k = 0; k < 4; k++)
+                                for (auto &v : tile[k]) {
+                                    const long c = i + (&v - tile[k]) * LANES, to = (n + k) * Q + c;
+                                    v *= lanes(d.enter + at + c);
+                                    keep(dCt + to, lanes(dCt + to) + v);
+                                    keep(d_enter + c, lanes(d_enter + c) + v * lanes(Ct + to));
+                                }
+                        });
+
+                        // The state that leaves has sum_j leave_j B_j dt_j x_j
+                        tiles(NW, 0, Q, [&](long n, long j, auto &tile) {
+                            multiply(tile, d_states + one + n * PW, PW / W, xtp + j, Q, PW / W);
+                            for (int k = 0; k < 4; k++)
+                                for (auto &v : tile[k]) {
+                                    const long c = j + (&v - tile[k]) * LANES, to = (n + k) * Q + c;
+                                    v *= lanes(weight + c);
+                                    keep(dBt + to, lanes(dBt + to) + v);
+                                    keep(d_leave + c, lanes(d_leave + c) + v * lanes(Bt + to));
+                                }
+                        });
+
+                        float skipped = 0;
+                        double by_A = 0;
+                        const float skip = D ? D[h] : 0.f;
+                        float *d_step = d_dt + (b * S + start) * H + h;
+                        for (long q = 0; q < tokens; q++) d_step[q * H] = 0;
+                        tiles(padded(tokens), 0, PW, [&](long j, long p, auto &tile) {
+                            multiply(tile, Br + j * NW, NW / W, dSp + p, PW, NW / W);
+                            for (int k = 0; k < 4; k++)
+                                for (auto &v : tile[k]) v *= d.leave[at + j + k];
+                            multiply(tile, Mt + j * Q + j, Q / W, dyp + j / W * PW + p, PW, (Q - j) / W);
+                            for (int k = 0; k < 4; k++) {
+                                const long q = j + k;
+                                if (q >= tokens) break;
+                                Lanes along = {}, around = {};
+                                for (auto &v : tile[k]) {
+                                    const long c = p + (&v - tile[k]) * LANES;
+                                    const Lanes value = lanes(xr + q * PW + c), slope = lanes(dyr + q * PW + c);
+                                    along += v * value;
+                                    around += slope * value;
+                                    keep_some(dx + ((b * S + start + q) * H + h) * P + c, v * step[q] + slope * skip,
+                                              P - c);
+                                }
+                                d_step[q * H] += sum_of(along);
+                                skipped += sum_of(around);
+                            }
+                        });
+                        dD[(b * chunks + chunk) * H + h] = skipped;
+
+                        double sum = d_through[at / Q];
+                        for (long q = 0; q < Q; q++) sum += d_leave[q];
+                        for (long q = Q - 1; q >= 0; q--) {
+                            if (q < Q - 1 && document[q] != document[q + 1]) sum = 0;
+                            sum += d_sums[q] - slopes[q] + d_enter[q] - d_leave[q];
+                            if (q < tokens && step[q] * A[h] >= LEAST) {  // else it was bounded
+                                d_step[q * H] += sum * A[h];
+                                by_A += sum * step[q];
+                            }
+                        }
+                        dA[(b * chunks + chunk) * H + h] = by_A;
+                    }
+
+                    // C B^T, by all heads: dC += dCB B, dB += dCB^T C
+                    uint32_t *panel = room.take<uint32_t>(Q / W * Q), *other = room.take<uint32_t>(Q / W * Q);
+                    uint32_t *out = room.take<uint32_t>(Q * NW);
+                    T *narrow = room.take<T>(Q * Q);
+                    for (long at = 0; at < Q * Q; at += LANES) keep(narrow + at, lanes(dCBt + at));
+                    pack(narrow, Q, Q, Q, (float *)nullptr, panel, Q, Q);
+                    turn(narrow, other, Q, Q / W);
+                    const auto add = [&](const T *left, const uint32_t *right, float *to, T *result) {
+                        tiles(NW, 0, Q, [&](long n, long q, auto &tile) {
+                            multiply(tile, left + n * Q, Q / W, right + q, Q, Q / W);
+                            for (int k = 0; k < 4; k++)
+                                for (auto &v : tile[k]) {
+                                    float *at = to + (n + k) * Q + q + (&v - tile[k]) * LANES;
+                                    keep(at, lanes(at) + v);
+                                }
+                        });
+                        turn(to, out, NW, Q);
+                        for (long q = 0; q < tokens; q++)
+                            for (long n = 0; n < N; n += LANES)
+                                keep_some(result + ((b * S + start + q) * G + g) * N + n, load<Lanes>(out + q * NW + n),
+                                          N - n);
+                    };
+                    add(Bt, panel, dCt, dC);
+                    add(Ct, other, dBt, dB);
+                }
+    }
+}
+
+#define SSD_FORWARD(T)                                                                                               \
+    (const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt, const T *C, long cb, \
+     long ct, const float *D, const int32_t *index, float *state, T *y, T *states, double *decays, T *turned_B,        \
+     long rows, long S, long G, long R, long P, long N, long Q)
+BOTH(ssd_forward, SSD_FORWARD,
+     (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, state, y, states, decays, turned_B, rows, S, G, R, P, N, Q))
+
+#define SSD_BACKWARD(T)                                                                                               \
+    (const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt, const T *C, long cb, \
+     long ct, const float *D, const int32_t *index, const T *dy, long dyb, long dyt, const T *states, float *d_state,  \
+     T *d_states, double *decays, T *turned_C, float *d_through, T *dx, float *d_dt, T *dB, T *dC, float *dA, float *dD, \
+     long rows, long S, long G, long R, long P, long N, long Q)
+BOTH(ssd_backward, SSD_BACKWARD,
+     (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, dy, dyb, dyt, states, d_state, d_states, decays, turned_C,
+      d_through, dx, d_dt, dB, dC, dA, dD, rows, S, G, R, P, N, Q))
