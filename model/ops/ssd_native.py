@@ -58,7 +58,7 @@ class _NativeSSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, d_final):
         *inputs, states = ctx.saved_tensors
-        x, dt, A, B, C, D, _ = inputs
+        x, dt, _, B, C, D, _ = inputs
         b, T, H, P = x.shape
         G, N = B.shape[2:]
         chunk, chunks, dy = ctx.chunk, states.shape[2], _laid(dy)
