@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.attention_native import attention_native
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, Scratch, exp2_, wide_dtype
+from model.ops.native import NATIVE_DTYPES, native_ready
 from model.ops.rope import RopeScaling, frequencies
 
 BLOCK = 128  # queries at a time; 64 measures alike, 256 is slower in a window
@@ -47,6 +49,7 @@ declare(
         device="cuda",
         capability=(8, 0),
     ),
+    Backend("native", _ALL, NATIVE_DTYPES, device="cpu", ready=native_ready),
     Backend("torch", _ALL),
     Backend("reference", _ALL),
 )
@@ -88,7 +91,8 @@ def attention(
     given = {"documents": documents, "past": past, "window": window, "cap": cap}
     needs = [name for name, value in given.items() if value is not None]
     sizes = {"head_dim": q.shape[-1]}
-    name = choose("attention", backend, needs=needs, sizes=sizes, dtype=q.dtype, device=q.device).name
+    prefer = "torch" if past is not None and q.shape[1] == 1 else None  # decoding: no block of queries
+    name = choose("attention", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=q.dtype, device=q.device).name
     if name == "flash_attn":
         if documents is not None and bounds is None:
             bounds = document_bounds(documents)
@@ -100,6 +104,8 @@ def attention(
     k, v, document, limit = _with_past(q, k, v, documents, past, window)
     if name == "reference":
         return attention_reference(q, k, v, document, limit, scale, cap)
+    if name == "native":
+        return attention_native(q, k, v, document, limit, scale, cap)
     if document is None and cap is None and limit == k.shape[1]:  # only the future is hidden: torch's own kernel
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]

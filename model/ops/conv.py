@@ -198,7 +198,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 class _NativeConv(torch.autograd.Function):
-    """The same in one pass over the inputs, see `native.cpp`."""
+    """The same in one pass over the inputs, see `cpp/rows.cpp`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, documents, silu: bool):

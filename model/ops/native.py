@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ FLAGS = (
     "-O3",
     "-march=native",
     "-std=c++17",
-    "-shared",
     "-fPIC",
     "-fopenmp",
     "-fno-math-errno",
@@ -102,9 +102,15 @@ def _compiled() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as room:  # ranks that start together each make their own
             made = Path(room) / path.name
-            compiled = [str(path) for path in sources if path.suffix == ".cpp"]
-            command = [compiler, *FLAGS, *compiled, "-o", str(made), *([str(threads)] if threads else [])]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+            objects = {source: Path(room) / f"{source.stem}.o" for source in sources if source.suffix == ".cpp"}
+
+            def run(*arguments: object) -> None:
+                command = [compiler, *FLAGS, *map(str, arguments)]
+                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+
+            with ThreadPoolExecutor() as several:
+                list(several.map(lambda source: run("-c", source, "-o", objects[source]), objects))
+            run("-shared", "-o", made, *objects.values(), *([threads] if threads else []))
             made.replace(path)
     return path
 

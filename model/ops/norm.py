@@ -154,7 +154,7 @@ def _inverse_rms(h: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 class _NativeNorm(torch.autograd.Function):
-    """`_Norm` in one pass over the rows each way, see `native.cpp`."""
+    """`_Norm` in one pass over the rows each way, see `cpp/rows.cpp`."""
 
     @staticmethod
     def forward(ctx, x, z, weight, eps: float, groups: int, norm_first: bool, dtype: torch.dtype):

@@ -74,6 +74,30 @@ static inline float sum_of(Lanes v) {
     return v[0] + v[1];
 }
 
+static inline Lanes exp2_(Lanes x) {  // as of one number
+    const Lanes magic = 12582912.f - Lanes{};  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    x = x < -126.f ? -126.f - Lanes{} : (x > 126.f ? 126.f - Lanes{} : x);
+    const Lanes shifted = x + magic, r = x - (shifted - magic);
+    Lanes p = 1.525273380405984e-5f - Lanes{};
+    p = p * r + 1.540353039338161e-4f;
+    p = p * r + 1.333355814642844e-3f;
+    p = p * r + 9.618129107628477e-3f;
+    p = p * r + 5.550410866482158e-2f;
+    p = p * r + 2.402265069591007e-1f;
+    p = p * r + 6.931471805599453e-1f;
+    p = p * r + 1.f;
+    return p * (Lanes)(((Words)shifted << 23) + (127u << 23));
+}
+
+static inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+static inline float largest_of(Lanes v) {
+    v = larger(v, __builtin_shuffle(v, Words{8, 9, 10, 11, 12, 13, 14, 15}));
+    v = larger(v, __builtin_shuffle(v, Words{4, 5, 6, 7}));
+    v = larger(v, __builtin_shuffle(v, Words{2, 3}));
+    return std::max(v[0], v[1]);
+}
+
 template <class T>
 static const long PER_WORD = sizeof(uint32_t) / sizeof(T);
 

@@ -4,7 +4,7 @@ import pytest
 
 from model.ops import native
 
-WITH_LOOPS = {"test_conv", "test_head", "test_norm", "test_ssd"}
+WITH_LOOPS = {"test_attention", "test_conv", "test_head", "test_norm", "test_ssd"}
 WITHOUT = {"test_blockwise", "test_fused"}
 """Of the plain torch paths, also where they stand for those of a GPU."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.ops.attention import Past, attention
 from model.ops.backend import chosen, request
 from model.ops.conv import causal_conv
 from model.ops.head import linear_cross_entropy
@@ -68,6 +69,17 @@ def a_scan(dtype: torch.dtype, documents: bool, state: bool, chunk: int, G: int)
     return run, [x, dt, A, Bm, C, D, *([S] if state else [])]
 
 
+def an_attention(dtype: torch.dtype, T: int, window: int | None, cap: float | None, documents: bool, past: bool) -> Run:
+    q, k, v = (leaf(2, T, n, 40, dtype=dtype, seed=i) for i, n in enumerate((6, 2, 2)))
+    cached = [leaf(2, 70, 2, 40, dtype=dtype, seed=i) for i in (3, 4)]
+    before = Past(*cached, torch.tensor([70, 9])) if past else None
+    index = packed([5, 70, 1, T - 76], [T]) if documents else None
+    return (
+        lambda: [attention(q, k, v, window=window, documents=index, cap=cap, past=before)],
+        [q, k, v, *(cached if past else [])],
+    )
+
+
 def a_head(dtype: torch.dtype, z_loss: float) -> Run:
     x, w = leaf(2, 30, 16, dtype=dtype), leaf(128, 16, dtype=torch.float32)
     targets = torch.arange(60).view(2, 30) - 1
@@ -100,6 +112,11 @@ RUNS: dict[str, Callable[[], Run]] = {
     "scan of documents": lambda: a_scan(F32, True, True, 7, 2),
     "scan in bfloat16": lambda: a_scan(BF16, True, True, 16, 4),
     "scan in one chunk": lambda: a_scan(F32, True, False, 128, 1),
+    "attention": lambda: an_attention(F32, 150, None, None, False, False),
+    "attention in bfloat16": lambda: an_attention(BF16, 150, None, None, False, False),
+    "attention in a window": lambda: an_attention(F32, 200, 70, None, False, True),
+    "attention to documents": lambda: an_attention(F32, 140, None, 1.5, True, True),
+    "attention to documents in bfloat16": lambda: an_attention(BF16, 140, 90, 1.5, True, False),
     "head": lambda: a_head(F32, 0.0),
     "head with z loss": lambda: a_head(F32, 1e-2),
     "head in bfloat16": lambda: a_head(BF16, 1e-2),
@@ -108,7 +125,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     "relu2": lambda: an_activation(F32, "relu2"),
     "relu2 in bfloat16": lambda: an_activation(BF16, "relu2"),
 }
-OPS = ("norm", "activation", "conv", "ssd", "head")
+OPS = ("attention", "norm", "activation", "conv", "ssd", "head")
 
 
 def by(backend: str, name: str) -> list[Tensor]:
@@ -182,6 +199,7 @@ def test_what_is_no_number_stays_none(poison: float):
 
 PROBE = """
 import torch
+from model.ops.attention import Past, attention
 from model.ops.backend import chosen
 from model.ops.norm import rms_norm
 rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)
