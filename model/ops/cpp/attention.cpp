@@ -28,9 +28,6 @@ struct Attention {
     }
 };
 
-typedef int32_t Ints __attribute__((vector_size(64)));
-static const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 static inline Lanes tanh_(Lanes x) { return 1.f - 2.f / (exp2_(x * (2 * LOG2_E)) + 1.f); }
 
 template <class T>
@@ -79,7 +76,7 @@ static void attention_forward(const T *q, long qb, long qt, const T *k, long kb,
                         const uint32_t *Kt = reinterpret_cast<const uint32_t *>(turned_k + at);
                         const uint32_t *V = reinterpret_cast<const uint32_t *>(packed_v + at);
                         const bool whole = first + BLOCK <= a.L + start + 1 && lows[rows - 1] <= first;
-                        tiles(rows, 0, BLOCK, [&](long r, long j, auto &tile) {
+                        tiles(rows, 0, BLOCK, [=](long r, long j, auto &tile) {
                             multiply(tile, Q + r * PW, PW / W, Kt + j, BLOCK, PW / W);
                             for (int n = 0; n < 4; n++)
                                 for (auto &s : tile[n]) {
@@ -184,7 +181,7 @@ static void attention_backward(const T *q, long qb, long qt, const T *k, long kb
                          start += BLOCK) {
                         const uint32_t *Qt_ = Qt + start * PW / W, *dYt_ = dYt + start * PW / W;
                         const bool whole = first + BLOCK <= a.L + start + 1 && lows[start + BLOCK - 1] <= first;
-                        tiles(BLOCK, 0, BLOCK, [&](long r, long i, auto &tile) {
+                        tiles(BLOCK, 0, BLOCK, [=](long r, long i, auto &tile) {
                             std::remove_reference_t<decltype(tile)> score = {};
                             multiply(score, Kr + r * PW, PW / W, Qt_ + i, BLOCK, PW / W);
                             multiply(tile, Vr + r * PW, PW / W, dYt_ + i, BLOCK, PW / W);
@@ -209,9 +206,9 @@ static void attention_backward(const T *q, long qb, long qt, const T *k, long kb
                                 }
                         });
                         pack(slopes, BLOCK, BLOCK, BLOCK, (float *)nullptr, panel, BLOCK, BLOCK);
-                        const auto add = [&](const T *left, long height, const uint32_t *right, float *sum, long across,
+                        const auto add = [=](const T *left, long height, const uint32_t *right, float *sum, long across,
                                              long columns) {
-                            tiles(height, 0, columns, [&](long r, long c, auto &tile) {
+                            tiles(height, 0, columns, [=](long r, long c, auto &tile) {
                                 multiply(tile, left + r * BLOCK, BLOCK / W, right + c, columns, BLOCK / W);
                                 for (int n = 0; n < 4; n++)
                                     for (auto &v : tile[n]) {

@@ -7,8 +7,9 @@
 
 #include "tiles.h"
 
-static inline float decay(float exponent) {  // at most 1, at least what keeps products normal: others are slow
-    return exp2_(std::max(std::min(exponent, 0.f), -63.f));
+static inline Lanes decay(Lanes exponent) {  // at most 1, at least what keeps products normal: others are slow
+    exponent = exponent < 0.f ? exponent : Lanes{};
+    return exp2_(exponent > -63.f ? exponent : -63.f - Lanes{});
 }
 
 static const float LEAST = -43.668274f;  // the least log-decay worth computing, log(FLT_MIN) / 2
@@ -35,6 +36,12 @@ static void documents_of(const int32_t *index, const Sizes &z, long b, long chun
     for (long q = 0; q < z.Q; q++) document[q] = index ? index[b * z.S + std::min(chunk * z.Q + q, z.S - 1)] : 0;
 }
 
+static inline Lanes differences(const double *sums, double from) {
+    float out[LANES];
+    for (long q = 0; q < LANES; q++) out[q] = sums[q] - from;
+    return lanes(out);
+}
+
 static void decays_of(const float *dt, const float *A, const int32_t *index, const Sizes &z, long b, long chunk,
                       const Decays &d) {
     int32_t *document = room.take<int32_t>(z.Q);
@@ -50,11 +57,10 @@ static void decays_of(const float *dt, const float *A, const int32_t *index, con
             if (q < z.tokens(chunk)) sum += std::max(dt[(b * z.S + chunk * z.Q + q) * z.H + h] * A[h], LEAST);
             sums[q] = sum / std::log(2.0);
         }
-        const double end = sums[z.Q - 1];
-#pragma omp simd
-        for (long q = 0; q < z.Q; q++) {
-            enter[q] = document[q] == before ? decay(sums[q]) : 0.f;
-            leave[q] = document[q] == last ? decay(end - sums[q]) : 0.f;
+        for (long q = 0; q < z.Q; q += LANES) {
+            const Ints here = load<Ints>(document + q);
+            keep(enter + q, here == before ? decay(differences(sums + q, 0)) : Lanes{});
+            keep(leave + q, here == last ? decay(-differences(sums + q, sums[z.Q - 1])) : Lanes{});
         }
     }
 }
@@ -65,22 +71,22 @@ struct Between {
     const double *sums;
     const int32_t *document;
 
-    void to(long middle, long first, long end, float *out) const {  // from tokens before it to the middle, or back
-#pragma omp simd
-        for (long q = first; q < end; q++)
-            out[q - first] = document[q] == document[middle] ? decay(-std::fabs(float(sums[q] - sums[middle]))) : 0.f;
+    void by(long middle, long first, long end, float *out) const {  // from tokens to the middle, or from it to them
+        for (long q = first; q < end; q += LANES) {
+            const Lanes apart = differences(sums + q, sums[middle]);
+            const Ints same = load<Ints>(document + q) == document[middle];
+            keep(out + q - first, same ? decay(apart < 0.f ? apart : -apart) : Lanes{});
+        }
     }
 
-    void near(long i, long first, float *out) const {  // from 16 tokens to token i among them
-#pragma omp simd
-        for (long j = first; j < first + 16; j++)
-            out[j - first] = (i >= j) & (document[i] == document[j]) ? decay(sums[i] - sums[j]) : 0.f;
+    Lanes to(long i, long first) const {  // from each of 16 tokens to token i among them
+        const Ints seen = (STEPS + int32_t(first) <= int32_t(i)) & (load<Ints>(document + first) == document[i]);
+        return seen ? decay(-differences(sums + first, sums[i])) : Lanes{};
     }
 
-    void nearer(long j, long first, float *out) const {  // from token j to 16 tokens, it among them
-#pragma omp simd
-        for (long i = first; i < first + 16; i++)
-            out[i - first] = (i >= j) & (document[i] == document[j]) ? decay(sums[i] - sums[j]) : 0.f;
+    Lanes from(long j, long first) const {  // from token j to each of 16 tokens, it among them
+        const Ints seen = (STEPS + int32_t(first) >= int32_t(j)) & (load<Ints>(document + first) == document[j]);
+        return seen ? decay(differences(sums + first, sums[j])) : Lanes{};
     }
 };
 
@@ -128,7 +134,7 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                     const float through = d.enter[at + Q - 1];
                     for (long q = 0; q < tokens; q++) weight[q] = d.leave[at + q] * dt[(b * S + start + q) * H + h];
                     pack(x + b * xb + start * xt + h * P, xt, tokens, P, weight, left, Q, PW);
-                    tiles(NW, 0, PW, [&](long n, long p, auto &tile) {
+                    tiles(NW, 0, PW, [=](long n, long p, auto &tile) {
                         multiply(tile, Bt + n * Q, Q / W, left + p, PW, Q / W);
                         for (int r = 0; r < 4; r++)
                             for (auto &v : tile[r]) {
@@ -154,12 +160,13 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                     uint32_t *Bp = room.take<uint32_t>(Q * NW / W), *Sp = room.take<uint32_t>(NW / W * PW);
                     uint32_t *xp = room.take<uint32_t>(Q / W * PW);
                     float *CB = room.take<float>(Q * Q), *from = room.take<float>(Q), *step = room.take<float>(Q);
+                    float *to = room.take<float>(16);
                     documents_of(index, z, b, chunk, document);
                     lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
                     lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
                     turn(Br, Bp, Q, NW / W);
                     for (long i = 0; i < Q; i += 16)
-                        tiles(16, 0, i + 16, [&](long r, long j, auto &tile) {
+                        tiles(16, 0, i + 16, [=](long r, long j, auto &tile) {
                             multiply(tile, Cr + (i + r) * NW, NW / W, Bp + j, Q, NW / W);
                             for (int k = 0; k < 4; k++) std::memcpy(CB + (i + r + k) * Q + j, tile[k], sizeof tile[k]);
                         });
@@ -173,18 +180,17 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         pack(states + ((b * H + h) * chunks + chunk) * NW * PW, PW, NW, PW, (float *)nullptr, Sp, NW, PW);
                         pack(x_, xt, tokens, P, (float *)nullptr, xp, Q, PW);
                         for (long first = 0; first < tokens; first += 16) {
-                            float to[16], near[16];
-                            between.to(first, 0, first, from);
-                            between.to(first, first, first + 16, to);
+                            between.by(first, 0, first, from);
+                            between.by(first, first, first + 16, to);
                             for (long j = 0; j < first; j++) from[j] *= step[j];
                             for (long r = 0; r < 16; r++) {
                                 const float *dots = CB + (first + r) * Q;
                                 for (long j = 0; j < first; j += LANES)
                                     keep(M + r * Q + j, lanes(from + j) * lanes(dots + j) * to[r]);
-                                between.near(first + r, first, near);
-                                keep(M + r * Q + first, lanes(near) * lanes(step + first) * lanes(dots + first));
+                                keep(M + r * Q + first,
+                                     between.to(first + r, first) * lanes(step + first) * lanes(dots + first));
                             }
-                            tiles(16, 0, PW, [&](long r, long p, auto &tile) {
+                            tiles(16, 0, PW, [=](long r, long p, auto &tile) {
                                 multiply(tile, Cr + (first + r) * NW, NW / W, Sp + p, PW, NW / W);
                                 for (int k = 0; k < 4; k++)
                                     for (auto &v : tile[k]) v *= d.enter[at + first + r + k];
@@ -202,6 +208,24 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         }
                     }
                 }
+    }
+}
+
+// sum += tile, its columns times `by`; along += its product with `other`, over its rows. All of Q columns.
+template <class T, int V>
+static inline void add_scaled(const Lanes (&tile)[4][V], long row, long column, const float *by, long Q, float *sum,
+                              const T *other, float *along) {
+    for (int v = 0; v < V; v++) {
+        const long c = column + v * LANES;
+        const Lanes factor = lanes(by + c);
+        Lanes down = lanes(along + c);
+        for (int k = 0; k < 4; k++) {
+            const long at = (row + k) * Q + c;
+            const Lanes one = tile[k][v] * factor;
+            keep(sum + at, lanes(sum + at) + one);
+            down += one * lanes(other + at);
+        }
+        keep(along + c, down);
     }
 }
 
@@ -243,7 +267,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     const float through = d.enter[at + Q - 1];
                     Lanes along = {};
                     pack(dy + b * dyb + chunk * Q * dyt + h * P, dyt, z.tokens(chunk), P, d.enter + at, entered, Q, PW);
-                    tiles(NW, 0, PW, [&](long n, long p, auto &tile) {
+                    tiles(NW, 0, PW, [=, &along](long n, long p, auto &tile) {
                         multiply(tile, Ct + n * Q, Q / W, entered + p, PW, Q / W);
                         for (int r = 0; r < 4; r++)
                             for (auto &v : tile[r]) {
@@ -276,7 +300,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     float *dBt = room.take<float>(NW * Q), *dCt = room.take<float>(NW * Q);
                     float *step = room.take<float>(Q), *weight = room.take<float>(Q), *from = room.take<float>(Q);
                     float *d_sums = room.take<float>(Q), *d_enter = room.take<float>(Q), *d_leave = room.take<float>(Q);
-                    float *slopes = room.take<float>(Q);
+                    float *slopes = room.take<float>(Q), *to = room.take<float>(16), *near = room.take<float>(16 * 16);
                     documents_of(index, z, b, chunk, document);
                     lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
                     turned(B + b * bb + start * bt + g * N, bt, tokens, z, Bt);
@@ -289,7 +313,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                         lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
                         turn(Cr, Cp, Q, NW / W);
                         for (long j = 0; j < Q; j += 16)
-                            tiles(16, j, Q, [&](long r, long i, auto &tile) {
+                            tiles(16, j, Q, [=](long r, long i, auto &tile) {
                                 multiply(tile, Br + (j + r) * NW, NW / W, Cp + i, Q, NW / W);
                                 for (int k = 0; k < 4; k++)
                                     std::memcpy(CBt + (j + r + k) * Q + i, tile[k], sizeof tile[k]);
@@ -315,51 +339,40 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                         // y_i has sum_j M_ij dt_j x_j with M = L o C B^T. Row and column sums of dM o M are of the
                         // same numbers, so that what cancels in the sum over tokens does.
                         for (long first = 0; first < Q; first += 16) {
-                            float to[16], near[16][16];
-                            between.to(first + 15, first, first + 16, to);
-                            between.to(first + 15, first + 16, Q, from + first + 16);
-                            for (long j = 0; j < 16; j++) between.nearer(first + j, first, near[j]);
-                            tiles(16, first, Q, [&](long r, long i, auto &tile) {
+                            between.by(first + 15, first, first + 16, to);
+                            between.by(first + 15, first + 16, Q, from + first + 16);
+                            for (long j = 0; j < 16; j++) keep(near + j * 16, between.from(first + j, first));
+                            tiles(16, first, Q, [=](long r, long i, auto &tile) {
                                 multiply(tile, xr + (first + r) * PW, PW / W, dytp + i, Q, PW / W);
-                                for (int k = 0; k < 4; k++) {
-                                    const long j = first + r + k;
-                                    Lanes row = {};
-                                    for (auto &v : tile[k]) {
-                                        const long c = i + (&v - tile[k]) * LANES;
-                                        const Lanes L = c == first ? lanes(near[r + k]) : lanes(from + c) * to[r + k];
-                                        const Lanes dot = lanes(CBt + j * Q + c), slope = v * L * step[j];
-                                        keep(dCBt + j * Q + c, lanes(dCBt + j * Q + c) + slope);
-                                        keep(d_sums + c, lanes(d_sums + c) + slope * dot);
-                                        row += slope * dot;
-                                        keep(Mt + j * Q + c, L * dot);
+                                Lanes down[4] = {};
+                                for (int v = 0; v < WIDE(tile); v++) {
+                                    const long c = i + v * LANES;
+                                    Lanes across = lanes(d_sums + c);
+                                    for (int k = 0; k < 4; k++) {
+                                        const long j = first + r + k, at = j * Q + c;
+                                        const Lanes L = c == first ? lanes(near + (r + k) * 16) : lanes(from + c) * to[r + k];
+                                        const Lanes dot = lanes(CBt + at), slope = tile[k][v] * L * step[j];
+                                        keep(dCBt + at, lanes(dCBt + at) + slope);
+                                        keep(Mt + at, L * dot);
+                                        across += slope * dot;
+                                        down[k] += slope * dot;
                                     }
-                                    slopes[j] += sum_of(row);
+                                    keep(d_sums + c, across);
                                 }
+                                for (int k = 0; k < 4; k++) slopes[first + r + k] += sum_of(down[k]);
                             });
                         }
 
                         // y_i has enter_i C_i S
-                        tiles(NW, 0, Q, [&](long n, long i, auto &tile) {
+                        tiles(NW, 0, Q, [=](long n, long i, auto &tile) {
                             multiply(tile, states + one + n * PW, PW / W, dytp + i, Q, PW / W);
-                            for (int k = 0; k < 4; k++)
-                                for (auto &v : tile[k]) {
-                                    const long c = i + (&v - tile[k]) * LANES, to = (n + k) * Q + c;
-                                    v *= lanes(d.enter + at + c);
-                                    keep(dCt + to, lanes(dCt + to) + v);
-                                    keep(d_enter + c, lanes(d_enter + c) + v * lanes(Ct + to));
-                                }
+                            add_scaled(tile, n, i, d.enter + at, Q, dCt, Ct, d_enter);
                         });
 
                         // The state that leaves has sum_j leave_j B_j dt_j x_j
-                        tiles(NW, 0, Q, [&](long n, long j, auto &tile) {
+                        tiles(NW, 0, Q, [=](long n, long j, auto &tile) {
                             multiply(tile, d_states + one + n * PW, PW / W, xtp + j, Q, PW / W);
-                            for (int k = 0; k < 4; k++)
-                                for (auto &v : tile[k]) {
-                                    const long c = j + (&v - tile[k]) * LANES, to = (n + k) * Q + c;
-                                    v *= lanes(weight + c);
-                                    keep(dBt + to, lanes(dBt + to) + v);
-                                    keep(d_leave + c, lanes(d_leave + c) + v * lanes(Bt + to));
-                                }
+                            add_scaled(tile, n, j, weight, Q, dBt, Bt, d_leave);
                         });
 
                         float skipped = 0;
@@ -367,7 +380,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                         const float skip = D ? D[h] : 0.f;
                         float *d_step = d_dt + (b * S + start) * H + h;
                         for (long q = 0; q < tokens; q++) d_step[q * H] = 0;
-                        tiles(padded(tokens), 0, PW, [&](long j, long p, auto &tile) {
+                        tiles(padded(tokens), 0, PW, [=, &skipped](long j, long p, auto &tile) {
                             multiply(tile, Br + j * NW, NW / W, dSp + p, PW, NW / W);
                             for (int k = 0; k < 4; k++)
                                 for (auto &v : tile[k]) v *= d.leave[at + j + k];
@@ -410,8 +423,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     for (long at = 0; at < Q * Q; at += LANES) keep(narrow + at, lanes(dCBt + at));
                     pack(narrow, Q, Q, Q, (float *)nullptr, panel, Q, Q);
                     turn(narrow, other, Q, Q / W);
-                    const auto add = [&](const T *left, const uint32_t *right, float *to, T *result) {
-                        tiles(NW, 0, Q, [&](long n, long q, auto &tile) {
+                    const auto add = [=](const T *left, const uint32_t *right, float *to, T *result) {
+                        tiles(NW, 0, Q, [=](long n, long q, auto &tile) {
                             multiply(tile, left + n * Q, Q / W, right + q, Q, Q / W);
                             for (int k = 0; k < 4; k++)
                                 for (auto &v : tile[k]) {

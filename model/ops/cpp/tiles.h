@@ -18,7 +18,10 @@ static const long LANES = 16;
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+
+static const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <class V>
 static inline V load(const void *from) {
@@ -136,15 +139,18 @@ static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride, con
         for (int v = 0; v < V; v++) tile[r][v] = sum[r][v];
 }
 
+#define WIDE(tile) int(sizeof(tile[0]) / sizeof(tile[0][0]))
+
 template <int V, class F>
-static inline void tiles_down(long rows, long column, F &work) {
+static inline void tiles_down(long rows, long column, F work) {
     for (long row = 0; row < rows; row += 4) {
         Lanes tile[4][V] = {};
         work(row, column, tile);
     }
 }
 
-// work(row, column, tile) for every tile, zero at first, of `rows` rows and the columns from `first` to `end`
+// work(row, column, tile) for every tile, zero at first, of `rows` rows and the columns from `first` to `end`. What it
+// captures by value stays in registers.
 template <class F>
 static inline void tiles(long rows, long first, long end, F work) {
     for (long column = first; column < end;) switch (std::min<long>(4, (end - column) / LANES)) {
