@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.native import run_native
+from model.ops.native import padded, run_native, with_heads, with_strides
 
-BLOCK, UNIT = 64, 32
-"""Queries and keys of a block, and what the loops fill heads up to a multiple of: those of the C++."""
+BLOCK = 64
+"""Queries and keys of a block, in the C++ too."""
 
 
 def attention_native(
@@ -25,13 +25,13 @@ def attention_native(
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, document, limit: int, scale: float, cap: float):
-        q, k, v = (_laid(x) for x in (q, k, v))
+        q, k, v = (with_heads(x) for x in (q, k, v))
         B, T, H, P = q.shape
         S, K = k.shape[1:3]
         y, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
-        blocks = torch.empty(2, B, K, -(-S // BLOCK) * BLOCK, _padded(P), dtype=q.dtype)
+        blocks = torch.empty(2, B, K, -(-S // BLOCK) * BLOCK, padded(P), dtype=q.dtype)
         ctx.sizes = B, T, S, K, H // K, P, limit, scale, cap
-        given = *_with_strides(q, k, v), document, y, lse
+        given = *with_strides(q), *with_strides(k), *with_strides(v), document, y, lse
         run_native("attention_forward", q.dtype, *given, blocks[0], blocks[1], _lows(B, T), *ctx.sizes)
         ctx.save_for_backward(q, k, v, document, y, lse)
         return y
@@ -40,10 +40,10 @@ class _NativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v, document, y, lse = ctx.saved_tensors
-        (B, T, H, P), S, dy = q.shape, k.shape[1], _laid(dy)
+        (B, T, H, P), S, dy = q.shape, k.shape[1], with_heads(dy)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        each = torch.empty(2, B, H, S, _padded(P))
-        given = *_with_strides(q, k, v), document, y, lse, *_with_strides(dy)
+        each = torch.empty(2, B, H, S, padded(P))
+        given = *with_strides(q), *with_strides(k), *with_strides(v), document, y, lse, *with_strides(dy)
         run_native("attention_backward", q.dtype, *given, dq, dk, dv, each[0], each[1], _lows(B, T), *ctx.sizes)
         return dq, dk, dv, None, None, None, None
 
@@ -51,21 +51,3 @@ class _NativeAttention(torch.autograd.Function):
 def _lows(B: int, T: int) -> Tensor:
     """Room for the first key that each query sees."""
     return torch.empty(B, T + BLOCK, dtype=torch.int32)
-
-
-def _padded(n: int) -> int:
-    return -(-n // UNIT) * UNIT
-
-
-def _laid(x: Tensor) -> Tensor:
-    """x (B, tokens, heads, P) with the elements of a token side by side."""
-    whole = x.stride(3) == 1 and x.stride(2) == x.shape[3]
-    return x if whole else x.contiguous()
-
-
-def _with_strides(*tensors: Tensor) -> list[Tensor | int]:
-    """Each with the strides of a row and of a token."""
-    given: list[Tensor | int] = []
-    for x in tensors:
-        given += [x, *x.stride()[:2]]
-    return given

@@ -77,6 +77,24 @@ def with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+UNIT = 32
+"""What the kernels of attention and SSD fill up the sizes of heads, states and chunks to a multiple of."""
+
+
+def padded(n: int) -> int:
+    return -(-n // UNIT) * UNIT
+
+
+def with_heads(x: Tensor) -> Tensor:
+    """x (B, tokens, heads, size) with the elements of a token side by side, as the kernels want them."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def with_strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """x with the strides of a row and of a token."""
+    return x, x.stride(0), x.stride(1)
+
+
 @cache
 def library() -> Library | None:
     """The loops for this machine, compiled if need be; None where they are switched off or cannot be compiled."""

@@ -206,20 +206,9 @@ static void attention_backward(const T *q, long qb, long qt, const T *k, long kb
                                 }
                         });
                         pack(slopes, BLOCK, BLOCK, BLOCK, (float *)nullptr, panel, BLOCK, BLOCK);
-                        const auto add = [=](const T *left, long height, const uint32_t *right, float *sum, long across,
-                                             long columns) {
-                            tiles(height, 0, columns, [=](long r, long c, auto &tile) {
-                                multiply(tile, left + r * BLOCK, BLOCK / W, right + c, columns, BLOCK / W);
-                                for (int n = 0; n < 4; n++)
-                                    for (auto &v : tile[n]) {
-                                        float *to = sum + (r + n) * across + c + (&v - tile[n]) * LANES;
-                                        keep(to, lanes(to) + v);
-                                    }
-                            });
-                        };
-                        add(weights, BLOCK, dYp + start * PW / W, dV, PW, PW);
-                        add(slopes, BLOCK, Qp + start * PW / W, dK, PW, PW);
-                        add(Kt, PW, panel, dQt + start * PW, BLOCK, BLOCK);
+                        add_product(weights, BLOCK, dYp + start * PW / W, PW, BLOCK / W, dV);
+                        add_product(slopes, BLOCK, Qp + start * PW / W, PW, BLOCK / W, dK);
+                        add_product(Kt, PW, panel, BLOCK, BLOCK / W, dQt + start * PW);
                     }
                     const long to = ((b * H + h) * S + first) * PW;
                     std::copy(dK, dK + rows * PW, each_dk + to);

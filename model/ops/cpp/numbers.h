@@ -33,21 +33,25 @@ static inline void put(bf16 &out, float v) {  // to nearest, ties to even; what 
 
 static const float LOG2_E = 1.4426950408889634f;
 
-static inline float exp2_(float x) {  // bounded to normal numbers; relative error 2e-7
-    x = x < -126.f ? -126.f : (x > 126.f ? 126.f : x);
-    float whole = std::rint(x), r = x - whole;
-    float p = 1.525273380405984e-5f;
+template <class V>
+static inline V exp2_of_fraction(V r) {  // of numbers up to 1/2 in size
+    V p = 1.525273380405984e-5f - V{};
     p = p * r + 1.540353039338161e-4f;
     p = p * r + 1.333355814642844e-3f;
     p = p * r + 9.618129107628477e-3f;
     p = p * r + 5.550410866482158e-2f;
     p = p * r + 2.402265069591007e-1f;
     p = p * r + 6.931471805599453e-1f;
-    p = p * r + 1.f;
+    return p * r + 1.f;
+}
+
+static inline float exp2_(float x) {  // bounded to normal numbers; relative error 2e-7
+    x = x < -126.f ? -126.f : (x > 126.f ? 126.f : x);
+    float whole = std::rint(x);
     uint32_t bits = uint32_t(int32_t(whole) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
-    return p * scale;
+    return exp2_of_fraction(x - whole) * scale;
 }
 
 static inline float sigmoid(float x) { return 1.f / (1.f + exp2_(-x * LOG2_E)); }

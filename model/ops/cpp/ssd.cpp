@@ -97,6 +97,21 @@ static void turned(const T *from, long stride, long tokens, const Sizes &z, T *o
     turn(panel, reinterpret_cast<uint32_t *>(out), z.Q / PER_WORD<T>, z.NW);
 }
 
+// First of all, for a team of threads: the decays, and B or C turned, (B, G, chunks, NW, Q).
+template <class T>
+static void prepare(const float *dt, const float *A, const int32_t *index, const Sizes &z, const Decays &d, const T *from,
+                    long fb, long ft, T *turned_) {
+#pragma omp for collapse(2) schedule(static)
+    for (long b = 0; b < z.B; b++)
+        for (long chunk = 0; chunk < z.chunks; chunk++) {
+            room.reset();
+            decays_of(dt, A, index, z, b, chunk, d);
+            for (long g = 0; g < z.G; g++)
+                turned(from + b * fb + chunk * z.Q * ft + g * z.N, ft, z.tokens(chunk), z,
+                       turned_ + ((b * z.G + g) * z.chunks + chunk) * z.NW * z.Q);
+        }
+}
+
 template <class T>
 static void ssd_forward(const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt,
                         const T *C, long cb, long ct, const float *D, const int32_t *index, float *state, T *y, T *states,
@@ -108,16 +123,7 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
 #pragma omp parallel
     {
-#pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < rows; b++)
-            for (long chunk = 0; chunk < chunks; chunk++) {
-                room.reset();
-                decays_of(dt, A, index, z, b, chunk, d);
-                for (long g = 0; g < G; g++)
-                    turned(B + b * bb + chunk * Q * bt + g * N, bt, z.tokens(chunk), z,
-                           turned_B + ((b * G + g) * chunks + chunk) * NW * Q);
-            }
-
+        prepare(dt, A, index, z, d, B, bb, bt, turned_B);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
@@ -242,16 +248,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
 #pragma omp parallel
     {
-#pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < rows; b++)
-            for (long chunk = 0; chunk < chunks; chunk++) {
-                room.reset();
-                decays_of(dt, A, index, z, b, chunk, d);
-                for (long g = 0; g < G; g++)
-                    turned(C + b * cb + chunk * Q * ct + g * N, ct, z.tokens(chunk), z,
-                           turned_C + ((b * G + g) * chunks + chunk) * NW * Q);
-            }
-
+        prepare(dt, A, index, z, d, C, cb, ct, turned_C);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
@@ -423,23 +420,16 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     for (long at = 0; at < Q * Q; at += LANES) keep(narrow + at, lanes(dCBt + at));
                     pack(narrow, Q, Q, Q, (float *)nullptr, panel, Q, Q);
                     turn(narrow, other, Q, Q / W);
-                    const auto add = [=](const T *left, const uint32_t *right, float *to, T *result) {
-                        tiles(NW, 0, Q, [=](long n, long q, auto &tile) {
-                            multiply(tile, left + n * Q, Q / W, right + q, Q, Q / W);
-                            for (int k = 0; k < 4; k++)
-                                for (auto &v : tile[k]) {
-                                    float *at = to + (n + k) * Q + q + (&v - tile[k]) * LANES;
-                                    keep(at, lanes(at) + v);
-                                }
-                        });
-                        turn(to, out, NW, Q);
+                    const auto give = [=](const T *left, const uint32_t *right, float *sum, T *result) {
+                        add_product(left, NW, right, Q, Q / W, sum);
+                        turn(sum, out, NW, Q);
                         for (long q = 0; q < tokens; q++)
                             for (long n = 0; n < N; n += LANES)
                                 keep_some(result + ((b * S + start + q) * G + g) * N + n, load<Lanes>(out + q * NW + n),
                                           N - n);
                     };
-                    add(Bt, panel, dCt, dC);
-                    add(Ct, other, dBt, dB);
+                    give(Bt, panel, dCt, dC);
+                    give(Ct, other, dBt, dB);
                 }
     }
 }

@@ -80,16 +80,8 @@ static inline float sum_of(Lanes v) {
 static inline Lanes exp2_(Lanes x) {  // as of one number
     const Lanes magic = 12582912.f - Lanes{};  // 1.5 * 2^23: what is added to it is rounded to a whole number
     x = x < -126.f ? -126.f - Lanes{} : (x > 126.f ? 126.f - Lanes{} : x);
-    const Lanes shifted = x + magic, r = x - (shifted - magic);
-    Lanes p = 1.525273380405984e-5f - Lanes{};
-    p = p * r + 1.540353039338161e-4f;
-    p = p * r + 1.333355814642844e-3f;
-    p = p * r + 9.618129107628477e-3f;
-    p = p * r + 5.550410866482158e-2f;
-    p = p * r + 2.402265069591007e-1f;
-    p = p * r + 6.931471805599453e-1f;
-    p = p * r + 1.f;
-    return p * (Lanes)(((Words)shifted << 23) + (127u << 23));
+    const Lanes shifted = x + magic;
+    return exp2_of_fraction(x - (shifted - magic)) * (Lanes)(((Words)shifted << 23) + (127u << 23));
 }
 
 static inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
@@ -159,6 +151,19 @@ static inline void tiles(long rows, long first, long end, F work) {
             case 3: tiles_down<3>(rows, column, work), column += 3 * LANES; break;
             default: tiles_down<4>(rows, column, work), column += 4 * LANES;
         }
+}
+
+// sum (rows, columns) += left right, of as many rows `words` long
+template <class T>
+static inline void add_product(const T *left, long rows, const uint32_t *panel, long columns, long words, float *sum) {
+    tiles(rows, 0, columns, [=](long r, long c, auto &tile) {
+        multiply(tile, left + r * words * PER_WORD<T>, words, panel + c, columns, words);
+        for (int n = 0; n < 4; n++)
+            for (auto &v : tile[n]) {
+                float *at = sum + (r + n) * columns + c + (&v - tile[n]) * LANES;
+                keep(at, lanes(at) + v);
+            }
+    });
 }
 
 static inline void turn_block(Words (&v)[16]) {  // 16 x 16 words, by halves
