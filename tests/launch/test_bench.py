@@ -265,10 +265,10 @@ def test_the_peak_of_memory_is_that_of_the_step():
     from launch.bench.rows.serving import _peaks
 
     def steps():
-        for size in (64 << 18, 1):
+        for size in (256 << 18, 1):  # much more than what tests before it left behind, to be freed meanwhile
             held = torch.ones(size)
             del held
             yield None
 
     first, second = (reading.value for reading in _peaks(steps()))
-    assert first > 0.06 and second < first
+    assert first > 0.2 and second < first
