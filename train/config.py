@@ -23,7 +23,9 @@ from train.bases import merged, origin, read_stages
 from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
 from train.engine import ZeroOptions
+from train.layout import check_layout
 from train.optim import AdamWConfig
+from train.parallel import Sizes
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
 from train.spikes import SpikesConfig
@@ -85,7 +87,9 @@ class TrainingConfig:
 class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
-    device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
+    device: "cuda", "cpu", or "auto" for cuda where there is one. tensor: ranks that share the weights of each layer.
+    context: ranks that share the tokens of each row. expert: data-parallel ranks that share the experts of MoE layers.
+    All other ranks are data-parallel: world = data x context x tensor. zero_stage: 0 replicates everything, 1 shards
     optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
     rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
     interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
@@ -93,13 +97,22 @@ class ParallelConfig:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
     zero_stage: int = 1
     timeout_s: float = 1800.0
     stall_s: float = 900.0
     interface: str | None = None
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.tensor, self.context, self.expert)
+
     def __post_init__(self) -> None:
+        for key in ("tensor", "context", "expert"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of ranks")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
         for key in ("timeout_s", "stall_s"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
@@ -224,10 +237,15 @@ class Recipe:
         usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         require(usable, "name", self.name, "a folder name of letters, digits, '.', '_' and '-'")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer that is not negative")
+        length, stage = self.training.sequence_length, self.parallel.zero_stage
         try:
             self.schedule.check(self.training.tokens)
         except ValueError as error:
             raise ValueError(f"schedule.{error}") from None
+        try:
+            check_layout(self.model, self.parallel.sizes, sequence_length=length, zero_stage=stage)
+        except ValueError as error:
+            raise ValueError(f"parallel.{error}") from None
 
     @property
     def folder(self) -> Path:
@@ -235,10 +253,12 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def check_ranks(self, size: int) -> None:
-        """Raises ConfigError unless the global batch divides evenly over `size` ranks."""
+        """Raises ConfigError unless the mesh fills `size` ranks and the global batch divides over its data ranks."""
         rows = self.training.rows_per_step
-        if rows % size:
-            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of the {size} ranks")
+        data = self.parallel.sizes.data(size)
+        if rows % data:
+            ranks = f"the {size} ranks" if data == size else f"the {data} data ranks"
+            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of {ranks}")
 
     def to_json(self) -> str:
         """The resolved recipe, defaults and overrides included; `from_json` gives an equal recipe back."""

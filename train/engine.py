@@ -22,6 +22,7 @@ from model.params import Table
 from train.health import GradientFragment
 from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
 from train.parallel import Mesh
+from train.shared import SharedGradients
 from train.zero import WEIGHT, Fill, Shard, Stage, Stage0, Stage3, Stage12
 
 STAGES: dict[int, type[Stage]] = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
@@ -76,6 +77,35 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+class DeepSpeedMesh:
+    """The mesh as DeepSpeed asks for it (its `mpu`): ZeRO's group is the shard axis, its model parallelism the tensor
+    axis."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.shard.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.mesh.shard.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.shard.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.shard.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor.size
+
+
 class Engine:
     """Trains `model` under a ZeRO stage.
 
@@ -109,10 +139,13 @@ class Engine:
         assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
         self.optimizer = build_optimizer(optimizer, groups)
         numel = sum(parameter.numel() for parameter in model.parameters())
+        self.shared = SharedGradients(table, mesh)
         config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, numel)
         deepspeed = import_deepspeed(mesh.device)
         self._gather = deepspeed.zero.GatheredParameters
-        self.deepspeed = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
+        self.deepspeed = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=config, mpu=DeepSpeedMesh(mesh)
+        )[0]
         self.stage = STAGES[zero_stage](self.deepspeed, table, mesh, reduce_dtype)
         for home in self.stage.homes():
             initialise_state(self.optimizer, home)
@@ -133,6 +166,8 @@ class Engine:
         loss: this rank's share of the global loss, so that shares add up to it. last: no micro-batch follows.
         """
         self.stage.backward(loss, last)
+        if last:
+            self.shared.sum(self.stage.gradients(), self.stage.held_gradients())
         del self._entered[self._depth :]  # ZeRO-3 never leaves the modules whose recomputation stops early
 
     def gradients(self) -> Iterator[GradientFragment]:
@@ -232,7 +267,7 @@ def deepspeed_config(
             "stage3_max_reuse_distance": options.live,
         }
     return {
-        "train_batch_size": mesh.size,
+        "train_batch_size": mesh.shard.size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,

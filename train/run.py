@@ -193,7 +193,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         layout = recipe.parallel
-        mesh = stack.enter_context(open_mesh(layout.device, timeout_s=layout.timeout_s, interface=layout.interface))
+        mesh = stack.enter_context(
+            open_mesh(layout.device, layout.sizes, timeout_s=layout.timeout_s, interface=layout.interface)
+        )
         say = partial(report, survivor=True)
         watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
         stack.enter_context(watch.naming_the_dead())
@@ -263,8 +265,8 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
         data.mixture(recipe.training.sequence_length, recipe.seed),
         rows_per_step=recipe.training.rows_per_step,
         micro_rows=recipe.training.micro_batch_rows,
-        rank=mesh.rank,
-        size=mesh.size,
+        rank=mesh.data.rank,
+        size=mesh.data.size,
     )
 
 
