@@ -6,6 +6,9 @@ its own use of it gave. So the gradient of a sum whose result all ranks use is t
 Legend: B batch rows, T tokens.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +31,36 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
 
+class _Spoken(threading.local):
+    axis, what = "", ""
+
+
+_SPOKEN = _Spoken()
+
+
+@contextmanager
+def speaking(axis: str, what: str = "") -> Iterator[None]:
+    """What is sent meanwhile belongs to this axis, whose ranks may also be those of another. what: a name for it,
+    instead of the operation's."""
+    before = spoken()
+    _SPOKEN.axis, _SPOKEN.what = axis, what or before[1]
+    try:
+        yield
+    finally:
+        _SPOKEN.axis, _SPOKEN.what = before
+
+
+def spoken() -> tuple[str, str]:
+    """The axis and name that this thread's messages have now; "" where nobody said."""
+    return _SPOKEN.axis, _SPOKEN.what
+
+
 def all_reduce(axis: Axis, x: Tensor) -> Tensor:
     """The sum over the ranks, in new memory."""
     total = x.clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        dist.all_reduce(total, group=axis.group)
+        with speaking(axis.name):
+            dist.all_reduce(total, group=axis.group)
     return total
 
 
@@ -41,7 +69,8 @@ def all_gather(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[None]
     out = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
@@ -50,7 +79,8 @@ def reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[0]
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
@@ -104,8 +134,9 @@ def _deliver(axis: Axis, parcels: list[tuple[int, int, Tensor]]) -> None:
             waits.append(dist.P2POp(dist.isend, value, axis.ranks[receiver], axis.group))
         else:
             waits.append(dist.P2POp(dist.irecv, value, axis.ranks[sender], axis.group))
-    for wait in dist.batch_isend_irecv(waits) if waits else ():
-        wait.wait()
+    with speaking(axis.name):
+        for wait in dist.batch_isend_irecv(waits) if waits else ():
+            wait.wait()
 
 
 class Halo(torch.autograd.Function):
