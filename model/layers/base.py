@@ -6,7 +6,7 @@ Legend: B batch rows, T tokens, D width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,28 @@ class Costs:
         return self.saved_compute * compute_bytes + self.saved_float32 * 4
 
 
+@dataclass(frozen=True)
+class Message:
+    """One thing that a layer asks of the `Collectives` in a forward pass; its gradient goes the same way back. What
+    that weighs on the wire is the mesh's to say.
+
+    ask: the method of `Collectives`. elements: numbers for each token. tokens: of each row, how many; None for all that
+    the rank has. wide: in float32, else in the compute dtype. experts: numbers of int64 that go ahead of each
+    micro-batch, without a gradient.
+    """
+
+    ask: Literal["sum_over_tensor", "halo", "gather_over_context", "prefix", "at_experts"]
+    elements: float
+    tokens: int | None = None
+    wide: bool = False
+    experts: int = 0
+
+
 class LayerKind(Protocol):
     """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong. Its
     class may say `parallel`: over which ranks, of "tensor", "context" and "expert", a layer of it may be spread besides
-    data-parallel ones; where it does not, over none."""
+    data-parallel ones; where it does not, over none. A kind whose layers ask anything of the other ranks declares it:
+    `messages(dims)`, a list of `Message` for the rank that `dims.place` names."""
 
     residual: ClassVar[str]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, norm_spec, projection_spec, require
 from model.ops.conv import causal_conv
 from model.ops.norm import rms_norm, swiglu
 from model.ops.selective_scan import selective_scan
@@ -130,6 +130,9 @@ class MambaConfig:
             saved_float32=inner + inner * N / (self.chunk or TOKENS_PER_SAVED_STATE),
             state_bytes=2 * (self.d_conv - 1) * inner + 4 * inner * N,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        return [Message("sum_over_tensor", self.rank(dims.d_model) + 2 * self.d_state)]
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba(self, dims, device)

@@ -23,7 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
@@ -148,6 +158,15 @@ class Mamba2Config:
             state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
         )
 
+    def spreads_norm(self, d_model: int, ranks: int) -> bool:
+        """Whether a group of the norm lies on several tensor ranks."""
+        heads = self.n_heads(d_model)
+        return self.norm and any(heads * rank // ranks % (heads // self.n_groups) for rank in range(ranks))
+
+    def messages(self, dims: Dims) -> list[Message]:
+        spread = self.spreads_norm(dims.d_model, dims.place.size)
+        return [Message("sum_over_tensor", self.n_groups, wide=True)] if spread else []
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba2(self, dims, device)
 
@@ -179,8 +198,8 @@ class Mamba2(nn.Module):
         self.groups, self.group_of = even_groups(H, G, place)
         # Of each head, where a group of the norm lies on several tensor ranks.
         first = H * place.rank // place.size
-        cut = any(H * rank // place.size % (H // G) for rank in range(place.size))
-        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if cut else None
+        spread = config.spreads_norm(dims.d_model, place.size)
+        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if spread else None
         self.in_proj, self.out_proj = Projection(), Projection()
         self.mlp_out = Projection() if beside else None
         self.register_parameter("conv_bias", None)
