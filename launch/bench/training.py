@@ -53,6 +53,7 @@ class Bench:
     peak: Peak
     clock: Clock
     watch: Unwatched
+    steps: int = 0
 
     @property
     def tokens_per_step(self) -> int:
