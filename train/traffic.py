@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 
+from data.stream import DIGEST_BYTES
 from model.config import ModelConfig
 from model.context import chunk_bounds
 from model.hybrid import Precision, model_table
@@ -32,6 +33,8 @@ from train.shared import shared_elements
 
 FLOAT = 4
 """Bytes of float32, in which weights lie and travel."""
+REPORTED = 16
+"""Numbers that a layer reports in a step, at most, its experts' loads aside."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,15 @@ def step_traffic(job: Job, rank: int = 0, crossing: Mapping[int, float] | None =
             if bytes_:
                 total[axis][operation] += bytes_
     return {axis: dict(operations) for axis, operations in total.items()}
+
+
+def control_limit(job: Job) -> float:
+    """Bytes of `control` that a rank sends in a step, at most: numbers to write down and counts, in float64, and the
+    rows' digests as pickled objects, padded to the longest."""
+    n, experts = job.world, sum(spec.experts for spec in job.table.values())
+    numbers = REPORTED * len(job.model.stacked) + 2 * experts + REPORTED
+    pickled = 64 + (DIGEST_BYTES + 8) * job.rows + 8
+    return 2 * (n - 1) / n * 8 * numbers + (n - 1) * pickled
 
 
 Sent = Iterator[tuple[str, str, float]]

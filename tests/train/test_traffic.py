@@ -4,6 +4,7 @@ One set of processes a world; each trains every case for a few steps and counts 
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from model.context import NoiseKey
 from model.hybrid import HybridLM, Precision, initialise_model
 from tests.ranks import run_ranks
 from tests.train.layouts import OPTIMIZER, ROWS, Layout, braid, global_batch
+from tests.train.runs import braid as braid_command
+from tests.train.runs import events, write_corpus
+from train.config import Recipe
 from train.counter import SETTLED, count_traffic
 from train.engine import Engine, ZeroOptions
 from train.health import Health
 from train.parallel import Mesh, open_mesh
-from train.traffic import Job, step_traffic
+from train.traffic import Job, control_limit, step_traffic
 
 SMALL = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
 
@@ -130,6 +134,21 @@ def test_counted_is_computed(world: int):
             if flat(counted) != pytest.approx(flat(computed), rel=1e-12):
                 wrong.append(f"{case}, rank {rank}:\n  counted  {counted}\n  computed {computed}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_run_notes_what_it_sends(tmp_path: Path):
+    """The report's table is of this event: the third step of a real run, and little talk beside its tensors."""
+    write_corpus(tmp_path / "corpus")
+    braid_command("prepare", "tiny", cwd=tmp_path)
+    overrides = ["parallel.zero_stage=2", "parallel.device=cpu", "training.tokens=2048"]
+    braid_command("train", "tiny", "name=run", "--nproc", "2", *overrides, cwd=tmp_path)
+    (event,) = events(tmp_path / "runs" / "run", "traffic")
+    recipe = Recipe.from_json((tmp_path / "runs" / "run" / "recipe.json").read_text())
+    job = Job.of(recipe, 2)
+    control = event["bytes"]["world"].pop("control")
+    assert 0 < control <= control_limit(job) < 4000
+    assert flat(event["bytes"]) == pytest.approx(flat(step_traffic(job)))
+    assert (event["step"], event["ranks"]) == (3, 2) and event["flops"] > 0
 
 
 def flat(traffic: dict[str, dict[str, float]]) -> dict[str, float]:
