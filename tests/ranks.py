@@ -25,6 +25,7 @@ def free_port() -> int:
 def _rank_main(
     work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Connection
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 
@@ -42,8 +43,9 @@ def run_ranks(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: f
 
     Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
     """
-    context = multiprocessing.get_context("spawn")
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    context = multiprocessing.get_context("forkserver")  # imports once what takes each rank seconds to import
+    multiprocessing.set_forkserver_preload(["tests.imported"])
+    shared = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ranks, pipes = [], []
     for rank in range(size):

@@ -21,7 +21,7 @@ def check_layout(model: ModelConfig, sizes: Sizes, *, sequence_length: int, zero
         sizes.tensor <= most,
         "tensor",
         sizes.tensor,
-        f"at most {most}, because {name} divides into no more parts than that",
+        f"at most {most}, because {name} divides into no more parts",
     )
     ranks = sizes.tensor * sizes.context
     key = "context" if sizes.context > 1 else "tensor"

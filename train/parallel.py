@@ -91,6 +91,14 @@ class Mesh:
         self.context_rank, self.context_size = self.context.rank, self.context.size
 
     @property
+    def shape(self) -> str:
+        """Its axes in words, "2 data x 4 tensor ranks", where there are others than data ranks; else ""."""
+        axes = (self.data, self.context, self.tensor)
+        words = " x ".join(f"{axis.size} {axis.name}" for axis in axes)
+        experts = f", {self.expert.size} of them sharing experts" if self.expert.size > 1 else ""
+        return words + " ranks" + experts if self.size > self.data.size or experts else ""
+
+    @property
     def tells_rows(self) -> bool:
         """Of the ranks that have the same rows, this one counts them."""
         return self.tells_tokens and self.context.rank == 0

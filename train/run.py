@@ -27,6 +27,7 @@ from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health, TrainingHealthError
+from train.layout import copied_elements
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
@@ -330,12 +331,16 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
     recipe, metrics = run.recipe, run.metrics
     if not run.mesh.main:
         return
+    shape = f" ({run.mesh.shape})" if run.mesh.shape else ""
     million = parameter_count(recipe.model) / 1e6
     metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
     metrics.say(
-        f"{run.mesh.size} x {run.mesh.device.type}, ZeRO {recipe.parallel.zero_stage}, "
+        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
+    if run.mesh.tensor.size > 1:
+        copies = copied_elements(run.model.table(), run.mesh.tensor.size) / 1e6
+        metrics.say(f"tensor ranks hold {copies:.2f}M parameters more than once: norms, routers, heads that all need")
     for letter, layer in recipe.model.layers.items():
         if shared := getattr(layer, "shares", None):
             metrics.say(f"layers.{letter}: documents share {shared}")

@@ -7,6 +7,8 @@ takes longer than training. `reference` is the same training without engine, mes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.layers.moe import MoEConfig
+from model.weights.manifest import Manifest
+from model.weights.reader import Checkpoint
+from model.weights.writer import write_rank_files
 from train.optim import AdamWConfig, build_optimizer, parameter_groups
 from train.parallel import Sizes
 
@@ -37,6 +42,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     micro: int = 1
+    recompute: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -89,6 +95,7 @@ def reference(config: ModelConfig, steps: int, precision: Precision = Precision(
     """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step."""
     model = HybridLM(config, precision)
     initialise_model(model, seed=0)
+    initial = {name: p.detach()[: model.table()[name].shape[0]].clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), model.table(), 0.1))
     record = []
     for step in range(steps):
@@ -111,7 +118,7 @@ def reference(config: ModelConfig, steps: int, precision: Precision = Precision(
             for name, delta in model.adjustments(counts).items():
                 model.get_parameter(name).add_(delta)
         weights = {name: p.detach()[: table[name].shape[0]].clone() for name, p in model.named_parameters()}
-        record.append({"loss": loss, "norm": norm, "gradients": gradients, "weights": weights})
+        record.append({"loss": loss, "norm": norm, "gradients": gradients, "weights": weights, "initial": initial})
     return record
 
 
@@ -129,49 +136,105 @@ def run_layouts(
         ]
 
 
-def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precision: Precision) -> list[dict]:
-    from model.weights.fragments import fragments_of
-    from train.checkpoint.capture import layouts
+@dataclass(frozen=True)
+class Leg:
+    """Steps `[first, last)` of the training of a case. restore, save: folders of the checkpoints before and after."""
+
+    config: ModelConfig
+    layout: Layout
+    first: int
+    last: int
+    restore: Path | None = None
+    save: Path | None = None
+
+
+def run_legs(legs: Sequence[Leg]) -> list[dict[str, Any]]:
+    """On one rank: the engine's whole state after each leg, weights and moments, as fragments."""
+    from train.parallel import Mesh, open_mesh
+
+    with open_mesh("cpu", timeout_s=60) as world:
+        return [run_leg(Mesh(world.device, leg.layout.sizes), leg) for leg in legs]
+
+
+def run_leg(mesh, leg: Leg) -> dict[str, Any]:
+    from train.checkpoint.capture import restore, saved_fragments, saved_shapes
+
+    engine = start_engine(mesh, leg.config, leg.layout)
+    if leg.restore is not None:
+        checkpoint = Checkpoint(leg.restore)
+        restore(engine, checkpoint)
+        checkpoint.close()
+    for step in range(leg.first, leg.last):
+        train_one(engine, leg.layout, step)
+    fragments = [(f.kind, f.tensor, f.box, f.start, value.clone()) for f, value in saved_fragments(engine)]
+    if leg.save is not None:
+        leg.save.mkdir(exist_ok=True)
+        records = mesh.gather(write_rank_files(leg.save, mesh.rank, saved_fragments(engine)))
+        if mesh.main:
+            Manifest.from_records(chain(*records), saved_shapes(engine), {}).save(leg.save)
+        mesh.barrier()
+    engine.close()
+    return {"fragments": fragments, "steps": leg.last}
+
+
+def start_engine(mesh, config: ModelConfig, layout: Layout, precision: Precision = Precision()):
     from train.engine import Engine, ZeroOptions
-    from train.health import Health, clip_coefficient
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
-    model = HybridLM(config, precision, mesh=mesh)
+    model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
-    engine = Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
-    health = Health(model.table(), mesh, max_skipped=1)
-    placed, record = layouts(engine), []
+    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
 
-    def logical(parts) -> list:
-        return [
-            (fragment.tensor, fragment.box, fragment.start, value[low - start : high - start].clone())
-            for name, start, stop, value in parts
-            for fragment, low, high in fragments_of(name, "", placed[name], start, stop)
-        ]
 
-    for step in range(steps):
-        batch, share = global_batch(step), ROWS // mesh.data.size
-        mine = batch.part(slice(mesh.data.rank * share, (mesh.data.rank + 1) * share))
-        loss, counts = 0.0, {}
-        micros = [mine.part(slice(start, start + layout.micro)) for start in range(0, share, layout.micro)]
-        for number, rows in enumerate(micros):
-            out = engine(rows.tokens, rows.starts, rows.targets, noise=NoiseKey(0, step, rows.samples))
-            total = out.nll.sum() + sum(out.losses.values()) / mesh.tensor.size
-            engine.backward(total / batch.valid, last=number == len(micros) - 1)
-            loss += out.nll.sum().item() / batch.valid
-            counts = {name: counts.get(name, 0) + value for name, value in out.counts.items()}
-        for name, value in counts.items():
-            counts[name] = mesh.sum_(value.clone() if mesh.tells_tokens else torch.zeros_like(value))
-        gradients = logical(engine.gradients())
-        norm = health.norm(engine)
-        assert health.admit(norm, step + 1)
-        engine.apply(OPTIMIZER.learning_rate, clip_coefficient(norm, CLIP))
-        engine.add(model.adjustments(counts))
-        weights = logical((o.name, o.start, o.stop, o.values["weight"]) for o in engine.owned())
-        loss = mesh.sum(loss if mesh.tells_tokens else 0.0)
-        record.append({"loss": loss, "norm": norm, "gradients": gradients, "weights": weights})
+def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
+    """Ranges of local tensors as fragments of logical ones."""
+    from model.weights.fragments import fragments_of
+    from train.checkpoint.capture import layouts
+
+    placed = layouts(engine)
+    return [
+        (fragment.tensor, fragment.box, fragment.start, value[low - start : high - start].clone())
+        for name, start, stop, value in parts
+        for fragment, low, high in fragments_of(name, "", placed[name], start, stop)
+    ]
+
+
+def owned_weights(engine) -> list[tuple[str, Any, int, Tensor]]:
+    return logical(engine, ((o.name, o.start, o.stop, o.values["weight"]) for o in engine.owned()))
+
+
+def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
+    """One step as `train.loop` takes it; its loss, norm and gradients before clipping."""
+    from train.health import Health, clip_coefficient
+
+    mesh, model = engine.mesh, engine.module
+    batch, share = global_batch(step), ROWS // mesh.data.size
+    mine = batch.part(slice(mesh.data.rank * share, (mesh.data.rank + 1) * share))
+    loss, counts = 0.0, {}
+    micros = [mine.part(slice(start, start + layout.micro)) for start in range(0, share, layout.micro)]
+    for number, rows in enumerate(micros):
+        out = engine(rows.tokens, rows.starts, rows.targets, noise=NoiseKey(0, step, rows.samples))
+        total = out.nll.sum() + sum(out.losses.values()) / mesh.tensor.size
+        engine.backward(total / batch.valid, last=number == len(micros) - 1)
+        loss += out.nll.sum().item() / batch.valid
+        counts = {name: counts.get(name, 0) + value for name, value in out.counts.items()}
+    for name, value in counts.items():
+        counts[name] = mesh.sum_(value.clone() if mesh.tells_tokens else torch.zeros_like(value))
+    gradients = logical(engine, engine.gradients())
+    norm = Health(engine.table, mesh, max_skipped=1).norm(engine)
+    assert math.isfinite(norm)
+    engine.apply(OPTIMIZER.learning_rate, clip_coefficient(norm, CLIP))
+    engine.add(model.adjustments(counts))
+    return {"loss": mesh.sum(loss if mesh.tells_tokens else 0.0), "norm": norm, "gradients": gradients}
+
+
+def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precision: Precision) -> list[dict]:
+    engine = start_engine(mesh, config, layout, precision)
+    initial = owned_weights(engine)
+    record = [train_one(engine, layout, step) | {"weights": owned_weights(engine)} for step in range(steps)]
+    record[0]["initial"] = initial
     engine.close()
     return record
 
