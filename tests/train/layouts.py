@@ -5,7 +5,7 @@ takes longer than training. `reference` is the same training without engine, mes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,15 @@ CLIP = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """zero: stage. micro: rows of a micro-batch. Data ranks are what the world leaves."""
+    """zero: stage. micro: rows of a micro-batch. recompute: blocks in the backward pass. Data ranks are what the world
+    leaves."""
 
     zero: int = 0
     tensor: int = 1
     context: int = 1
     expert: int = 1
     micro: int = 1
+    recompute: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -85,10 +87,18 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
 
 
-def reference(config: ModelConfig, steps: int, precision: Precision = Precision(), micro: int = ROWS) -> list[dict]:
-    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step."""
+def reference(
+    config: ModelConfig,
+    steps: int,
+    precision: Precision = Precision(),
+    micro: int = ROWS,
+    prepare: Callable[[HybridLM], None] = lambda model: None,
+) -> list[dict]:
+    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step. prepare:
+    changes the initial weights."""
     model = HybridLM(config, precision)
     initialise_model(model, seed=0)
+    prepare(model)
     optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), model.table(), 0.1))
     record = []
     for step in range(steps):
@@ -129,7 +139,14 @@ def run_layouts(
         ]
 
 
-def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precision: Precision) -> list[dict]:
+def train_layout(
+    mesh,
+    config: ModelConfig,
+    layout: Layout,
+    steps: int,
+    precision: Precision,
+    prepare: Callable[[HybridLM], None] = lambda model: None,
+) -> list[dict]:
     from model.weights.fragments import fragments_of
     from train.checkpoint.capture import layouts
     from train.engine import Engine, ZeroOptions
@@ -137,8 +154,9 @@ def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precisio
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
-    model = HybridLM(config, precision, mesh=mesh)
+    model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
+    prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
     engine = Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
     health = Health(model.table(), mesh, max_skipped=1)
