@@ -44,12 +44,12 @@ def _check_kinds(model: ModelConfig, key: str, size: int) -> None:
 
 
 def _check_experts(model: ModelConfig, size: int, zero_stage: int) -> None:
-    wants = "1 under zero_stage = 3, or zero_stage = 2: DeepSpeed's stage 3 cuts every weight over all data ranks"
+    wants = "1, or parallel.zero_stage of at most 2: DeepSpeed's stage 3 cuts every weight over all data ranks"
     require(zero_stage < 3, "expert", size, wants)
     for name, spec in model_table(model).items():
         if spec.experts:
             below = max(d for d in range(1, spec.experts + 1) if spec.experts % d == 0 and d <= size)
-            wants = f"a divisor of the {spec.experts} experts of {name.rpartition('.')[0]}, such as {below}"
+            wants = f"a divisor of the {spec.experts} experts of {name}, such as {below}"
             require(spec.experts % size == 0, "expert", size, wants)
 
 

@@ -4,10 +4,8 @@ import functools
 from dataclasses import replace
 
 import pytest
-import torch
 
 from model.config import ModelConfig
-from model.hybrid import Precision
 from tests.ranks import run_ranks
 from tests.train.layouts import ROWS, Layout, braid, differences, reference, run_layouts
 
