@@ -87,7 +87,8 @@ def reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
 def all_to_all(axis: Axis, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """(rows, ...) -> (rows, ...): the first `sent[0]` rows go to rank 0 and so on; `received` are those from each."""
     out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+    with speaking(axis.name):
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
     return out
 
 
@@ -314,7 +315,8 @@ def at_experts(axis: Axis, x: Tensor, counts: Tensor, run: Callable[[Tensor, Ten
     """
     own = counts.view(axis.size, -1).contiguous()  # (ranks, experts of each)
     theirs = torch.empty_like(own)
-    dist.all_to_all_single(theirs, own, group=axis.group)
+    with speaking(axis.name):
+        dist.all_to_all_single(theirs, own, group=axis.group)
     sent, received = torch.stack([own, theirs]).sum(2).tolist()
     rows = Exchange.apply(x[: sum(sent)], axis, sent, received)
     expert = torch.arange(own.shape[1], device=x.device).repeat(axis.size)

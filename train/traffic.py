@@ -189,30 +189,64 @@ def _messages(job: Job, letter: str, rank: int) -> list[Message]:
     return layer.messages(replace(job.model.dims, place=job.place(rank)))
 
 
-def _numbers(job: Job, rank: int, message: Message) -> tuple[int, float]:
-    """Tokens of this rank in a step, and the bytes that a message has for each."""
+def _bytes(job: Job, rank: int, message: Message) -> float:
+    """Of the numbers that this rank has in a step."""
+    size = {"compute": job.precision.compute.itemsize, "float32": FLOAT, "int64": 8}[message.dtype]
     context = job.axis("context", rank)
     low, high = chunk_bounds(job.sequence_length, context.rank, context.size)
-    size = max(FLOAT, job.precision.compute.itemsize) if message.wide else job.precision.compute.itemsize
-    return job.rows * (high - low), message.elements * size
+    times = {"token": job.rows * (high - low), "row": job.rows, "batch": job.micro_batches}[message.per]
+    return times * message.elements * max(size, job.precision.compute.itemsize)
+
+
+def _ways(message: Message, again: bool) -> int:
+    """How often it goes through a collective whose gradient goes the same way: forward, backward, recomputed."""
+    return 1 + again + (message.dtype != "int64")
 
 
 def _sum_over_tensor(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
-    tokens, bytes_ = _numbers(job, rank, message)
-    yield _reduced(job.axis("tensor", rank), tokens * bytes_ * (2 + again))
+    yield _reduced(job.axis("tensor", rank), _ways(message, again) * _bytes(job, rank, message))
+
+
+def _prefix(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+    """A decay and a state of each rank, forward; their gradients, and the decays again, backward."""
+    yield _gathered(job.axis("context", rank), _ways(message, again) * _bytes(job, rank, message))
+
+
+def _gather_over_context(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+    context, bytes_ = job.axis("context", rank), _bytes(job, rank, message)
+    yield _gathered(context, (1 + again) * bytes_)
+    if message.dtype != "int64":
+        yield _scattered(context, bytes_)
 
 
 def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
     """Forward a rank sends its last tokens to the right, backward the gradient of what it had from the left."""
-    context = job.axis("context", rank)
-    assert message.tokens is not None
-    spans = halo_spans(context, message.tokens, job.sequence_length)
+    context, row = job.axis("context", rank), job.sequence_length
+    spans = halo_spans(context, row if message.reach is None else message.reach, row)
     right = sum(stop - start for sender, _, start, stop in spans if sender == context.rank)
     left = sum(stop - start for _, receiver, start, stop in spans if receiver == context.rank)
-    yield "context", "send", job.rows * (right * (1 + again) + left) * _numbers(job, rank, message)[1]
+    low, high = chunk_bounds(row, context.rank, context.size)
+    yield context.name, "send", (right * (1 + again) + left) * _bytes(job, rank, message) / (high - low)
 
 
-_MESSAGES = {"sum_over_tensor": _sum_over_tensor, "halo": _halo}
+def _at_experts(job: Job, rank: int, message: Message, again: bool, crossing: float | None) -> Sent:
+    """Rows to the experts and back, and the same backward; ahead of them, their counts."""
+    expert = job.axis("expert", rank)
+    away = (expert.size - 1) / expert.size
+    rows = 2 * away * _bytes(job, rank, message)
+    if crossing is not None:
+        rows = crossing * job.model.d_model * job.precision.compute.itemsize
+    counts = away * message.ahead * 8 * job.micro_batches
+    yield expert.name, "all_to_all", rows * (2 + again) + counts * (1 + again)
+
+
+_MESSAGES = {
+    "sum_over_tensor": _sum_over_tensor,
+    "prefix": _prefix,
+    "gather_over_context": _gather_over_context,
+    "halo": _halo,
+    "at_experts": _at_experts,
+}
 """What each method of `Collectives` that a layer may ask for sends, backward and recomputation included."""
 
 
@@ -278,12 +312,11 @@ def _zero_3(job: Job, numel: Mapping[str, int], shard: Axis, tensor: Axis) -> Se
 
 def _sub_groups(job: Job, numel: Mapping[str, int], shard: Axis) -> int:
     """How many groups of weights ZeRO 3 steps one after the other."""
-    count = 0
-    for decay in (True, False):
-        parts = [-(-numel[name] // shard.size) for name, s in job.table.items() if not s.frozen and s.decay == decay]
-        if sum(parts) <= job.options.sub_group:
-            count += bool(parts)
-            continue
+    count, groups = 0, defaultdict(list)
+    for name, spec in job.table.items():
+        if not spec.frozen:
+            groups[bool(spec.experts), spec.decay].append(-(-numel[name] // shard.size))
+    for parts in groups.values():
         size = 0
         for part in parts:
             size += part

@@ -68,16 +68,17 @@ class Message:
     """One thing that a layer asks of the `Collectives` in a forward pass; its gradient goes the same way back. What
     that weighs on the wire is the mesh's to say.
 
-    ask: the method of `Collectives`. elements: numbers for each token. tokens: of each row, how many; None for all that
-    the rank has. wide: in float32, else in the compute dtype. experts: numbers of int64 that go ahead of each
-    micro-batch, without a gradient.
+    ask: the method of `Collectives`. elements: numbers for each token, row or micro-batch of the rank, as `per` says.
+    reach: tokens of a halo, to which `elements` belong. dtype: of the numbers; integers have no gradient. ahead: int64
+    numbers of each micro-batch that go ahead, without a gradient.
     """
 
     ask: Literal["sum_over_tensor", "halo", "gather_over_context", "prefix", "at_experts"]
     elements: float
-    tokens: int | None = None
-    wide: bool = False
-    experts: int = 0
+    per: Literal["token", "row", "batch"] = "token"
+    reach: int | None = None
+    dtype: Literal["compute", "float32", "int64"] = "compute"
+    ahead: int = 0
 
 
 class LayerKind(Protocol):

@@ -40,6 +40,7 @@ from model.params import (
     Table,
     Uniform,
     allocate_table,
+    local_rows,
     split_evenly,
 )
 
@@ -142,7 +143,12 @@ class MambaConfig:
         )
 
     def messages(self, dims: Dims) -> list[Message]:
-        return [Message("sum_over_tensor", self.rank(dims.d_model) + 2 * self.d_state)]
+        inner = local_rows(self.table(dims)["in_proj.weight"], dims.place)["x"]
+        return [
+            Message("halo", inner, reach=self.d_conv - 1),
+            Message("sum_over_tensor", self.rank(dims.d_model) + 2 * self.d_state),
+            Message("prefix", 2 * inner * self.d_state, per="row", dtype="float32"),  # a decay for each number
+        ]
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba(self, dims, device)

@@ -166,8 +166,14 @@ class Mamba2Config:
         return self.norm and any(heads * rank // ranks % (heads // self.n_groups) for rank in range(ranks))
 
     def messages(self, dims: Dims) -> list[Message]:
-        spread = self.spreads_norm(dims.d_model, dims.place.size)
-        return [Message("sum_over_tensor", self.n_groups, wide=True)] if spread else []
+        rows = local_rows(self.table(dims)["in_proj.weight"], dims.place)
+        messages = [
+            Message("halo", rows["x"] + rows["B"] + rows["C"], reach=self.d_conv - 1),
+            Message("prefix", rows["dt"] * (self.head_dim * self.d_state + 1), per="row", dtype="float32"),
+        ]
+        if self.spreads_norm(dims.d_model, dims.place.size):
+            messages.append(Message("sum_over_tensor", self.n_groups, dtype="float32"))
+        return messages
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba2(self, dims, device)

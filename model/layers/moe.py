@@ -18,7 +18,7 @@ Legend: B batch rows, T tokens, n = B T, D width, E experts, k choices a token, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Collectives, Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, require
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, require
 from model.layers.mlp import Activation, MLPConfig, activate
 from model.ops.grouped import grouped_matmul
 from model.ops.norm import swiglu
@@ -118,6 +118,16 @@ class MoEConfig:
             saved_float32=D + 2 * self.n_experts,
             state_bytes=0,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        E, per_row = self.n_experts, self.scope == "row"
+        messages = [Message("at_experts", self.top_k * dims.d_model, ahead=E)]  # where none is dropped
+        if self.balance_weight:
+            messages.append(Message("gather_over_context", E, per="row" if per_row else "batch", dtype="int64"))
+        if self.capacity_factor is not None:
+            running = Message("prefix", E + 1) if per_row else Message("gather_over_context", E)
+            messages.append(replace(running, per="row", dtype="int64"))
+        return messages
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return MoE(self, dims, device)

@@ -63,7 +63,7 @@ def count_cases(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
-    """What this rank sent in the last step."""
+    """What this rank sent in the last step, and how many rows its MoE layers had for each expert, call by call."""
     model = HybridLM(case.model, case.precision, mesh=mesh, recompute=case.recompute)
     initialise_model(model, seed=0)
     stage = case.layout.zero
@@ -77,11 +77,28 @@ def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
         options=case.options,
     )
     health = Health(model.table(), mesh, max_skipped=1)
+    rows: list[list[int]] = []
+    send = mesh.at_experts
+    mesh.at_experts = lambda x, counts, run: rows.append(counts.tolist()) or send(x, counts, run)
     for step in range(SETTLED):
+        rows.clear()
         with count_traffic(mesh) as sent:
             train_step(mesh, engine, health, case, step)
     engine.close()
-    return sent.bytes
+    return {"bytes": sent.bytes, "rows": rows}
+
+
+def crossing(case: Case, job: Job, ranks: list[dict[str, Any]], rank: int) -> dict[int, float]:
+    """Choices of this rank for experts of others, and of others for its own, by the layer's place in the stack."""
+    axis = job.axis("expert", rank)
+    places = [place for place, layer in enumerate(case.model.stacked) if layer.kind == "moe"]
+    found = dict.fromkeys(places, 0.0)
+    for sender in axis.ranks:
+        calls = torch.tensor(ranks[sender]["rows"]).view(-1, len(places), axis.size, 4 // axis.size).sum((0, 3))
+        for place, to in zip(places, calls.tolist(), strict=True):
+            away = sum(to) - to[axis.rank] if sender == rank else to[axis.rank]
+            found[place] += away / (1 + case.recompute)
+    return found
 
 
 def train_step(mesh: Mesh, engine: Engine, health: Health, case: Case, step: int) -> None:
@@ -100,6 +117,8 @@ def train_step(mesh: Mesh, engine: Engine, health: Health, case: Case, step: int
 
 
 BFLOAT16 = Precision(torch.bfloat16, torch.float32)
+SAMBA = [Case(braid("M-Wm"), Layout(context=2, micro=4), length=length) for length in (64, 256)]
+"""Rows of four windows and of sixteen."""
 CASES = {
     2: [
         Case(braid("M-*E"), Layout(zero=0)),
@@ -112,11 +131,23 @@ CASES = {
         Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=3000, prefetch=300), recompute=True),
         Case(braid("M-*W-mE"), Layout(tensor=2)),
         Case(braid("M-[M*]mE", groups=1, kv_heads=1), Layout(tensor=2, micro=4), precision=BFLOAT16, recompute=True),
+        Case(braid("M-*WmS"), Layout(context=2, micro=2)),
+        Case(braid("MmWE"), Layout(context=2, zero=3, micro=4), precision=BFLOAT16, recompute=True),
+        *SAMBA,
+        Case(braid("M-WE"), Layout(expert=2)),
+        Case(braid("ME*S"), Layout(expert=2, zero=2, micro=2), precision=BFLOAT16),
+        Case(braid("M-E"), Layout(expert=2, zero=1, micro=2), recompute=True),
     ],
     4: [
         Case(braid("M*-mE", groups=1, kv_heads=1), Layout(tensor=2, zero=1, micro=2), precision=BFLOAT16),
         Case(braid("M*-m", tie_embeddings=False), Layout(tensor=2, zero=3)),
         Case(braid("M-m", groups=1), Layout(tensor=4, zero=2)),
+        Case(braid("M*WmS", groups=1, kv_heads=1), Layout(context=2, tensor=2, zero=1, micro=4)),
+        Case(braid("M*-W"), Layout(context=4), length=29),
+        Case(braid("M-WE"), Layout(context=2, zero=2, micro=2)),
+        Case(braid("MES"), Layout(expert=2, zero=2)),
+        Case(braid("M-E"), Layout(expert=4, zero=1)),
+        Case(braid("M-E"), Layout(expert=2, tensor=2)),
     ],
 }
 
@@ -127,13 +158,17 @@ def test_counted_is_computed(world: int):
     results = run_ranks(count_cases, world, CASES[world], timeout_s=300)
     wrong = []
     for index, case in enumerate(CASES[world]):
+        ranks, job = [rank[index] for rank in results], case.job(world)
         for rank in range(world):
-            counted = {axis: dict(found) for axis, found in results[rank][index].items()}
+            counted = {axis: dict(found) for axis, found in ranks[rank]["bytes"].items()}
             counted.get("world", {}).pop("control", None)
-            computed = step_traffic(case.job(world), rank)
+            computed = step_traffic(job, rank, crossing(case, job, ranks, rank) if case.layout.expert > 1 else None)
             if flat(counted) != pytest.approx(flat(computed), rel=1e-12):
                 wrong.append(f"{case}, rank {rank}:\n  counted  {counted}\n  computed {computed}")
     assert not wrong, "\n".join(wrong)
+    if world == 2:
+        short, long = ([rank[CASES[world].index(case)]["bytes"]["context"] for rank in results] for case in SAMBA)
+        assert short == long, "context traffic of a braid without full attention grows with the row"
 
 
 def test_a_run_notes_what_it_sends(tmp_path: Path):
