@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.context import chunk_bounds
 from model.hybrid import Precision, model_table
 from model.layers.base import Message
-from model.params import ParamSpec, Place, Table, local_layout
+from model.params import Place, Table, local_layout
 from train.collectives import Axis, halo_spans
 from train.config import Recipe
 from train.counter import Traffic
@@ -103,6 +103,13 @@ class Job:
         tensor, expert = self.axis("tensor", rank), self.axis("expert", rank)
         return Place(tensor.rank, tensor.size, expert.rank, expert.size)
 
+    def messages(self, letter: str, rank: int) -> list[Message]:
+        """What a layer asks of other ranks in a forward pass."""
+        layer = self.model.layers[letter]
+        if not hasattr(layer, "messages"):
+            return []
+        return layer.messages(replace(self.model.dims, place=self.place(rank)))
+
 
 def step_traffic(job: Job, rank: int = 0, crossing: Mapping[int, float] | None = None) -> Traffic:
     """Bytes that `rank` sends in a step, by axis and operation; what is zero is left out.
@@ -164,7 +171,7 @@ def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> S
         yield from _enters(tensor, run * compute, again)
         yield from _leaves(tensor, run * (residual if parallel else compute))
         for letter in letters:
-            for message in _messages(job, letter, rank):
+            for message in job.messages(letter, rank):
                 sent = None if crossing is None else crossing.get(layer)
                 yield from _MESSAGES[message.ask](job, rank, message, again, sent)
             layer += 1
@@ -180,13 +187,6 @@ def _leaves(tensor: Axis, bytes_: float) -> Sent:
     """Out of a layer: what is recomputed stops before it."""
     yield _scattered(tensor, bytes_)
     yield _gathered(tensor, bytes_)
-
-
-def _messages(job: Job, letter: str, rank: int) -> list[Message]:
-    layer = job.model.layers[letter]
-    if not hasattr(layer, "messages"):
-        return []
-    return layer.messages(replace(job.model.dims, place=job.place(rank)))
 
 
 def _bytes(job: Job, rank: int, message: Message) -> float:
@@ -253,14 +253,14 @@ _MESSAGES = {
 # ---- what passes between ranks for the weights ----
 
 
-def _numel(spec: ParamSpec, place: Place) -> int:
-    """Elements of a rank's part of a weight, padding included."""
-    return math.prod(local_layout(spec, *place).shape)
+def local_numel(job: Job, rank: int) -> dict[str, int]:
+    """Elements of a rank's part of each weight, padding included."""
+    place = job.place(rank)
+    return {name: math.prod(local_layout(spec, *place).shape) for name, spec in job.table.items()}
 
 
 def _weights(job: Job, rank: int) -> Sent:
-    place, world = job.place(rank), job.axis("world", rank)
-    numel = {name: _numel(spec, place) for name, spec in job.table.items()}
+    numel, world = local_numel(job, rank), job.axis("world", rank)
     holders = {
         name: job.axis("replica" if spec.experts and job.sizes.expert > 1 else "shard", rank)
         for name, spec in job.table.items()
