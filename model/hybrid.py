@@ -133,8 +133,9 @@ def forward_flops(config: ModelConfig, length: int, keys: VisibleKeys) -> float:
 class HybridLM(nn.Module):
     """A braid of layers as a language model.
 
-    config: the architecture. precision: explicit dtypes. recompute: run each block again in the backward pass instead
-    of keeping its activations. Parameters are allocated, not drawn: see `initialise_model`.
+    config: the architecture. precision: explicit dtypes. recompute: run blocks again in the backward pass instead of
+    keeping their activations: all of them, or those that hold a layer of these letters. Parameters are allocated, not
+    drawn: see `initialise_model`.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class HybridLM(nn.Module):
         config: ModelConfig,
         precision: Precision = Precision(),
         *,
-        recompute: bool = False,
+        recompute: bool | str = False,
         mesh: Collectives | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -152,7 +153,8 @@ class HybridLM(nn.Module):
         self.embedding = Embedding()
         blocks = {i: build_block(*config.block(i), config.dims, device) for i in dict.fromkeys(config.places)}
         self.blocks = Blocks(blocks, config.places)
-        self.first_layer = [0, *accumulate(map(len, config.blocks))]
+        self.letters = config.blocks
+        self.first_layer = [0, *accumulate(map(len, self.letters))]
         self.norm = Norm(config.dims, device)
         self.head = Head(config.vocab_size)
         self.embedding.weight = allocate(vocabulary_spec(config), device)
@@ -211,7 +213,8 @@ class HybridLM(nn.Module):
         counts: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            out = self._run(block, x, ctx.at(self.first_layer[index]), before)
+            again = self.recomputes(self.letters[index]) and torch.is_grad_enabled()
+            out = _run(block, x, ctx.at(self.first_layer[index]), before, again)
             x = out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
@@ -249,10 +252,16 @@ class HybridLM(nn.Module):
             for name, value in cast(Counting, self.get_submodule(path)).summarise(own).items()
         }
 
-    def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
-        return block(x, ctx=ctx, state=state)
+    def recomputes(self, letters: str) -> bool:
+        """Whether a block of these layers runs again in the backward pass."""
+        chosen = self.recompute
+        return chosen if isinstance(chosen, bool) else not {*chosen}.isdisjoint(letters)
+
+
+def _run(block: nn.Module, x: Tensor, ctx: Context, state: Any, again: bool) -> LayerOutput:
+    if again:
+        return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
+    return block(x, ctx=ctx, state=state)
 
 
 class Counting(Protocol):

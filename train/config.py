@@ -41,8 +41,9 @@ class TrainingConfig:
     clip_norm: largest global gradient norm, larger gradients are scaled down to it; 0 switches clipping off.
     nonfinite_limit: stop after this many updates in a row were skipped because their gradient was not finite.
     checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them (less memory,
-    about a third more time). compute_dtype: of matmuls, convolutions and attention. residual_dtype: of the residual
-    stream. reduce_dtype: of gradient sums over ranks.
+    about a third more time); letters of the pattern ("M*") do so only for blocks that hold such a layer. compute_dtype:
+    of matmuls, convolutions and attention. residual_dtype: of the residual stream. reduce_dtype: of gradient sums over
+    ranks.
     backends: op -> backend, for ops that should not choose by themselves, e.g. ssd = "torch" (see model/ops).
     """
 
@@ -52,7 +53,7 @@ class TrainingConfig:
     micro_batch_rows: int = 1
     clip_norm: float = 1.0
     nonfinite_limit: int = 10
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: bool | str = False
     compute_dtype: DType = "bfloat16"
     residual_dtype: DType = "float32"
     reduce_dtype: DType = "float32"
@@ -65,6 +66,8 @@ class TrainingConfig:
         require(
             self.tokens >= self.tokens_per_step, "tokens", self.tokens, f"one step ({self.tokens_per_step}) or more"
         )
+        wants = "true, false, or letters of the pattern"
+        require(self.checkpoint_blocks != "", "checkpoint_blocks", self.checkpoint_blocks, wants)
         check_names(self.backends)
 
     @property
@@ -224,6 +227,10 @@ class Recipe:
         usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         require(usable, "name", self.name, "a folder name of letters, digits, '.', '_' and '-'")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer that is not negative")
+        if isinstance(chosen := self.training.checkpoint_blocks, str):
+            letters = dict.fromkeys("".join(self.model.blocks))
+            wants = f"true, false, or some of the pattern's letters {''.join(letters)}"
+            require({*chosen} <= {*letters}, "training.checkpoint_blocks", chosen, wants)
         try:
             self.schedule.check(self.training.tokens)
         except ValueError as error:
