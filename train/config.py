@@ -22,7 +22,7 @@ from model.ops.backend import check_names
 from train.bases import merged, origin, read_stages
 from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
-from train.engine import ZeroOptions
+from train.engine import Placement, ZeroOptions
 from train.optim import AdamWConfig
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
@@ -89,7 +89,11 @@ class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
     device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
-    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
+    optimizer states, 2 also gradients, 3 also weights. offload_optimizer: master weights, moments and summed gradients
+    lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one host, that keep
+    a second copy of the weights among themselves, so that of the gathers of a step only the first leaves the group
+    (ZeRO 3); none for no such copy. overlap: sum gradients over ranks while the backward pass goes on (ZeRO 1-3), none
+    for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a
     rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
     interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
     that NCCL chooses. buckets: sizes of DeepSpeed's buffers, in elements.
@@ -97,6 +101,9 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = 1
+    offload_optimizer: bool = False
+    hpz_ranks: int | None = None
+    overlap: bool | None = None
     timeout_s: float = 1800.0
     stall_s: float = 900.0
     interface: str | None = None
@@ -104,10 +111,15 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
+        self.placement.check(self.zero_stage)
         for key in ("timeout_s", "stall_s"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
         for key, elements in asdict(self.buckets).items():
             require(elements > 0, f"buckets.{key}", elements, "a positive number of elements")
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.offload_optimizer, self.hpz_ranks, self.overlap)
 
 
 def _related(one: str, other: str) -> bool:
@@ -242,10 +254,11 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def check_ranks(self, size: int) -> None:
-        """Raises ConfigError unless the global batch divides evenly over `size` ranks."""
+        """Raises ConfigError unless the global batch divides evenly over `size` ranks, and these into groups."""
         rows = self.training.rows_per_step
         if rows % size:
             raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of the {size} ranks")
+        self.parallel.placement.check_ranks(size)
 
     def to_json(self) -> str:
         """The resolved recipe, defaults and overrides included; `from_json` gives an equal recipe back."""
