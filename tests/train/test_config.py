@@ -86,11 +86,11 @@ def test_derived_numbers():
         ("parallel.overlap=yes", "parallel.overlap: got 'yes', wants true or false or none"),
         (
             "training.checkpoint_blocks=MX",
-            "training.checkpoint_blocks: got 'MX', wants true, false, or some of the pat",
+            "training.checkpoint_blocks: got 'MX', wants true, false, or some of th",
         ),
         (
             'training.checkpoint_blocks=""',
-            "training.checkpoint_blocks: got '', wants true, false, or letters of the pat",
+            "training.checkpoint_blocks: got '', wants true, false, or letters of th",
         ),
         ("parallel.device=gpu", "parallel.device: got 'gpu', wants one of auto, cpu, cuda"),
         ("parallel.buckets.live=0", "parallel.buckets.live: got 0, wants a positive number of elements"),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.train.test_engine import assemble, assert_near, same_bits
-from tests.train.tiny import STEPS, reference, run_step, snapshot, start_engine, train_steps
+from tests.train.tiny import STEPS, Tiny, reference, run_step, snapshot, start_engine, train_steps
 from train.engine import Engine, Placement, ZeroOptions
 from train.reading import ConfigError
 
-ACCUMULATION, POISON = 3, 2
+ACCUMULATION, POISON, PERSISTENT = 3, 2, 20
 PLAIN = Placement()
 OFFLOAD, OVERLAP = Placement(offload_optimizer=True), Placement(overlap=True)
 OFFLOAD_OVERLAP = Placement(offload_optimizer=True, overlap=True)
@@ -33,7 +33,7 @@ def train_placed(cases: list[Case], device: str = "cpu") -> dict[Case, dict[str,
     results: dict[Case, dict[str, Any]] = {}
     with open_mesh(device, timeout_s=60) as mesh:
         for stage, placement in cases:
-            engine = start_engine(mesh, stage, persistent=20, placement=placement)
+            engine = start_engine(mesh, stage, persistent=PERSISTENT, placement=placement)
             steps = list(train_steps(engine, ACCUMULATION, POISON))
             saved = snapshot(engine)
             sizes = sizes_in_force(engine)
@@ -48,13 +48,19 @@ def train_placed(cases: list[Case], device: str = "cpu") -> dict[Case, dict[str,
             loaded = snapshot(engine)
             engine.add({"fixed": torch.full((5,), 0.25)})
             run_step(engine, 0, ACCUMULATION)
+            copied = elements_kept_twice(engine)
             engine.apply(1e-2, scale=0.5)
             homes = {home.device.type for home in engine.stage.homes()}
             later = snapshot(engine)
             engine.close()
-            result = {"steps": steps, "saved": saved, "loaded": loaded, "later": later, "homes": homes, "sizes": sizes}
-            results[stage, placement] = result
+            result = {"steps": steps, "saved": saved, "loaded": loaded, "later": later}
+            results[stage, placement] = result | {"homes": homes, "sizes": sizes, "copied": copied}
     return results
+
+
+def elements_kept_twice(engine: Engine) -> int:
+    copies = [getattr(parameter, "ds_secondary_tensor", None) for parameter in engine.module.parameters()]
+    return sum(copy.numel() for copy in copies if copy is not None)
 
 
 def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +140,9 @@ def test_hpz_changes_no_bit(grouped):
     check_equals_plain_torch(grouped[3, HPZ])
     check_equals_its_stage(grouped[3, HPZ], grouped[3, PLAIN], exact=True)
     assemble([rank["saved"] for rank in grouped[3, HPZ]])
+    half = sum(parameter.numel() for parameter in Tiny().parameters() if parameter.numel() > PERSISTENT) / 2
+    assert all(half <= rank["copied"] <= half + 20 for rank in grouped[3, HPZ]), "half of each weight, padded"
+    assert all(rank["copied"] == 0 for rank in grouped[3, PLAIN])
 
 
 @pytest.mark.slow
@@ -145,7 +154,7 @@ def test_together_they_change_no_number(combined, stage: int, placement: Placeme
 
 def test_every_size_reaches_deepspeed(trained):
     """A bucket that the recipe names and nobody reads would be tuned in vain."""
-    given = {"reduce_bucket": 60, "gather_bucket": 50, "prefetch": 40, "persistent": 20, "live": 1_000_000_000}
+    given = {"reduce_bucket": 60, "gather_bucket": 50, "prefetch": 40, "persistent": PERSISTENT, "live": 1_000_000_000}
     given |= {"sub_group": 50}
     assert given.keys() == vars(ZeroOptions()).keys()
     found = trained[1, PLAIN][0]["sizes"] | trained[2, PLAIN][0]["sizes"] | trained[3, PLAIN][0]["sizes"]
