@@ -4,7 +4,7 @@ Legend: B batch rows, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -15,10 +15,28 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Blocks, Norm, add_losses, block_table, build_block
 from model.config import ModelConfig
-from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
+from model.context import (
+    Collectives,
+    Context,
+    Documents,
+    LayerOutput,
+    NoiseKey,
+    SingleProcess,
+    chunk_bounds,
+)
 from model.layers.base import Projection, VisibleKeys, norm_spec
-from model.ops.head import linear_cross_entropy
-from model.params import Normal, ParamSpec, Table, allocate, count_active, count_parameters, initialise, split_evenly
+from model.ops.head import VocabularyPart, linear_cross_entropy
+from model.params import (
+    Normal,
+    ParamSpec,
+    Place,
+    Table,
+    allocate,
+    count_active,
+    count_parameters,
+    initialise,
+    split_evenly,
+)
 
 VOCABULARY_MULTIPLE = 128
 
@@ -67,25 +85,43 @@ class Hidden(NamedTuple):
 
 
 class Embedding(nn.Module):
+    """Rows of the vocabulary; of a tensor rank, its own rows and zeros for the others: a part of a sum."""
+
     weight: nn.Parameter
 
+    def __init__(self, vocab_size: int, place: Place) -> None:
+        super().__init__()
+        self.rows = _vocabulary_rows(vocab_size, place) if place.size > 1 else None
+
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(tokens, self.weight).to(dtype)
+        if self.rows is None:
+            return F.embedding(tokens, self.weight).to(dtype)
+        start, stop = self.rows
+        mine = (tokens >= start) & (tokens < stop)
+        return (F.embedding((tokens - start).clamp(0, stop - start - 1), self.weight) * mine[..., None]).to(dtype)
 
 
 class Head(nn.Module):
-    """Logits or loss. Called as a module, tied or not, so that ZeRO-3 can gather its weight."""
+    """Logits or loss. Called as a module, tied or not, so that ZeRO-3 can gather its weight.
+
+    A tensor rank has the logits of its rows of the vocabulary alone; what ranks tell each other for the loss is two
+    numbers a token.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, mesh: Collectives) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.mesh = mesh
+        self.start, stop = _vocabulary_rows(vocab_size, mesh.place)
+        self.vocab_size = stop - self.start
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
+            assert self.mesh.place.size == 1, "logits are given by one tensor rank; several give the loss"
             return F.linear(x, self.weight.to(x.dtype)).float()[..., : self.vocab_size]
-        return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype)
+        part = VocabularyPart(self.start, self.mesh.gather_over_tensor) if self.mesh.place.size > 1 else None
+        return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype, part=part)
 
 
 def vocabulary_spec(config: ModelConfig) -> ParamSpec:
@@ -97,6 +133,11 @@ def vocabulary_spec(config: ModelConfig) -> ParamSpec:
         update="embedding",
         pad_rows=VOCABULARY_MULTIPLE,
     )
+
+
+def _vocabulary_rows(vocab_size: int, place: Place) -> tuple[int, int]:
+    """The rows `[start, stop)` of embedding and head that a tensor rank holds."""
+    return split_evenly(0, vocab_size).bounds(place.rank, place.size)
 
 
 def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -150,15 +191,17 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config, self.precision, self.recompute = config, precision, recompute
         self.mesh = mesh or SingleProcess()
-        self.embedding = Embedding()
-        blocks = {i: build_block(*config.block(i), config.dims, device) for i in dict.fromkeys(config.places)}
+        place, dims = self.mesh.place, replace(config.dims, place=self.mesh.place)
+        self.embedding = Embedding(config.vocab_size, place)
+        blocks = {i: build_block(*config.block(i), dims, device) for i in dict.fromkeys(config.places)}
         self.blocks = Blocks(blocks, config.places)
         self.letters = config.blocks
         self.first_layer = [0, *accumulate(map(len, self.letters))]
-        self.norm = Norm(config.dims, device)
-        self.head = Head(config.vocab_size)
-        self.embedding.weight = allocate(vocabulary_spec(config), device)
-        self.head.weight = self.embedding.weight if config.tie_embeddings else allocate(vocabulary_spec(config), device)
+        self.norm = Norm(dims, device)
+        self.head = Head(config.vocab_size, self.mesh)
+        vocabulary = vocabulary_spec(config)
+        self.embedding.weight = allocate(vocabulary, device, place)
+        self.head.weight = self.embedding.weight if config.tie_embeddings else allocate(vocabulary, device, place)
 
     def table(self) -> Table:
         """Logical name -> ParamSpec, for every parameter of this model."""
@@ -178,9 +221,12 @@ class HybridLM(nn.Module):
     ) -> ModelOutput:
         """tokens: (B, T) int64. starts: (B, T) bool, True where a document begins. targets: (B, T) int64, -100 where
         nothing is predicted. state: what came before. carry: return the state after the last token. last_only: logits
-        of the last token alone. clock: tokens trained so far. noise: key of this step's randomness."""
+        of the last token alone. clock: tokens trained so far. noise: key of this step's randomness.
+
+        Every rank is given whole rows; a context rank returns what belongs to its chunk of them (`chunk_bounds`).
+        """
         hidden = self.hidden(tokens, starts, state=state, carry=carry, last_only=last_only, clock=clock, noise=noise)
-        result = self.head(hidden.x, targets)
+        result = self.head(hidden.x, None if targets is None else self._chunk(targets))
         nll, logits = (None, result) if targets is None else (result, None)
         return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics, hidden.counts)
 
@@ -196,15 +242,20 @@ class HybridLM(nn.Module):
         noise: NoiseKey | None = None,
     ) -> Hidden:
         """All of `forward` but the head, for those who need logits of a few tokens only: `model.head(x)` of these."""
+        mesh = self.mesh
+        alone = mesh.place.size == mesh.context_size == 1
+        assert alone or not (carry or last_only or state), "several ranks train a model together, one decodes"
         documents = Documents.from_starts(starts, None if state is None else state.position)
-        x = self.embedding(tokens, dtype=self.precision.residual)
+        documents = documents.chunk(mesh.context_rank, mesh.context_size)
+        x = mesh.leave(self.embedding(self._chunk(tokens), dtype=self.precision.residual))
         ctx = Context(
             documents=documents,
             dtype=self.precision.compute,
             tokens=clock,
             noise=noise,
             embedding=x,
-            mesh=self.mesh,
+            mesh=mesh,
+            row=tokens.shape[1],
             carry=carry,
         )
         states: list[Any] = []
@@ -221,7 +272,7 @@ class HybridLM(nn.Module):
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
             place = self.blocks.places[index]
             counts = add_losses(counts, {f"blocks.{place}.{n}": value for n, value in (out.counts or {}).items()})
-        x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
+        x = ctx.enter(self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute))
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
         return Hidden(x, after, losses, metrics, counts)
 
@@ -251,6 +302,11 @@ class HybridLM(nn.Module):
             for path, own in _by_module(counts).items()
             for name, value in cast(Counting, self.get_submodule(path)).summarise(own).items()
         }
+
+    def _chunk(self, rows: Tensor) -> Tensor:
+        """This context rank's tokens of whole rows (B, T)."""
+        low, high = chunk_bounds(rows.shape[1], self.mesh.context_rank, self.mesh.context_size)
+        return rows[:, low:high]
 
     def recomputes(self, letters: str) -> bool:
         """Whether a block of these layers runs again in the backward pass."""
@@ -296,4 +352,4 @@ def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = N
     chosen = set(table if names is None else names)
     for name, parameter in model.named_parameters():
         if name in chosen:
-            initialise(parameter, name, table[name], seed)
+            initialise(parameter, name, table[name], seed, *model.mesh.place)

@@ -25,6 +25,7 @@ def free_port() -> int:
 def _rank_main(
     work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Connection
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 
@@ -45,8 +46,10 @@ def run_ranks(
 
     Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
     """
-    context = multiprocessing.get_context("spawn")
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+    # The server imports once, for the CPU, what takes each rank seconds to import.
+    multiprocessing.set_forkserver_preload(["tests.imported"])
+    shared = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     ranks, pipes = [], []
     for rank in range(size):

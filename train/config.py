@@ -23,7 +23,9 @@ from train.bases import merged, origin, read_stages
 from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
 from train.engine import Placement, ZeroOptions
+from train.layout import check_layout
 from train.optim import AdamWConfig
+from train.parallel import Sizes
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
 from train.spikes import SpikesConfig
@@ -88,7 +90,9 @@ class TrainingConfig:
 class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
-    device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
+    device: "cuda", "cpu", or "auto" for cuda where there is one. tensor: ranks that share the weights of each layer.
+    context: ranks that share the tokens of each row. expert: data-parallel ranks that share the experts of MoE layers.
+    All other ranks are data-parallel: world = data x context x tensor. zero_stage: 0 replicates everything, 1 shards
     optimizer states, 2 also gradients, 3 also weights. offload_optimizer: master weights, moments and summed gradients
     lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one host, that keep
     a second copy of the weights among themselves, so that of the gathers of a step only the first leaves the group
@@ -100,6 +104,9 @@ class ParallelConfig:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
     zero_stage: int = 1
     offload_optimizer: bool = False
     hpz_ranks: int | None = None
@@ -109,9 +116,17 @@ class ParallelConfig:
     interface: str | None = None
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.tensor, self.context, self.expert)
+
     def __post_init__(self) -> None:
+        for key in ("tensor", "context", "expert"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of ranks")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
         self.placement.check(self.zero_stage)
+        wants = "none beside tensor ranks, because DeepSpeed takes neighbouring ranks for a group"
+        require(self.hpz_ranks is None or self.tensor == 1, "hpz_ranks", self.hpz_ranks, wants)
         for key in ("timeout_s", "stall_s"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
         for key, elements in asdict(self.buckets).items():
@@ -243,10 +258,15 @@ class Recipe:
             letters = dict.fromkeys("".join(self.model.blocks))
             wants = f"true, false, or some of the pattern's letters {''.join(letters)}"
             require({*chosen} <= {*letters}, "training.checkpoint_blocks", chosen, wants)
+        length, stage = self.training.sequence_length, self.parallel.zero_stage
         try:
             self.schedule.check(self.training.tokens)
         except ValueError as error:
             raise ValueError(f"schedule.{error}") from None
+        try:
+            check_layout(self.model, self.parallel.sizes, sequence_length=length, zero_stage=stage)
+        except ValueError as error:
+            raise ValueError(f"parallel.{error}") from None
 
     @property
     def folder(self) -> Path:
@@ -254,10 +274,12 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def check_ranks(self, size: int) -> None:
-        """Raises ConfigError unless the global batch divides evenly over `size` ranks, and these into groups."""
+        """Raises ConfigError unless the mesh fills `size` ranks and the global batch divides over its data ranks."""
         rows = self.training.rows_per_step
-        if rows % size:
-            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of the {size} ranks")
+        data = self.parallel.sizes.data(size)
+        if rows % data:
+            ranks = f"the {size} ranks" if data == size else f"the {data} data ranks"
+            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of {ranks}")
         self.parallel.placement.check_ranks(size)
 
     def to_json(self) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.params import Table
@@ -24,6 +23,7 @@ from train.health import GradientFragment
 from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
 from train.parallel import Mesh
 from train.reading import ConfigError, require
+from train.shared import SharedGradients
 from train.zero import WEIGHT, Fill, Offloaded3, Offloaded12, Shard, Stage, Stage0, Stage3, Stage12
 
 STAGES: dict[int, type[Stage]] = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
@@ -120,6 +120,35 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+class DeepSpeedMesh:
+    """The mesh as DeepSpeed asks for it (its `mpu`): ZeRO's group is the shard axis, its model parallelism the tensor
+    axis."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.shard.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.mesh.shard.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.shard.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.shard.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor.size
+
+
 class Engine:
     """Trains `model` under a ZeRO stage.
 
@@ -149,10 +178,8 @@ class Engine:
         if reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype: got {reduce_dtype}, wants float32 or bfloat16")
         placement.check(zero_stage)
-        placement.check_ranks(mesh.size)
-        grouped = placement.group_size(mesh.size) > 1
-        whole = mesh.size == dist.get_world_size()
-        require(whole or not grouped, "parallel.hpz_ranks", placement.hpz_ranks, "none where ZeRO spans not all ranks")
+        placement.check_ranks(mesh.shard.size)
+        assert placement.group_size(mesh.shard.size) == 1 or mesh.tensor.size == 1, "hpZ's groups are of all ranks"
         model.to(mesh.device)
         self.mesh, self.table, self.zero_stage = mesh, table, zero_stage
         groups = parameter_groups(model.named_parameters(), table, optimizer.weight_decay)
@@ -160,10 +187,13 @@ class Engine:
         assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
         self.optimizer = build_optimizer(optimizer, groups)
         numel = sum(parameter.numel() for parameter in model.parameters())
+        self.shared = SharedGradients(table, mesh)
         config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, placement, numel)
         deepspeed = import_deepspeed(mesh.device)
         self._gather, self._groups = deepspeed.zero.GatheredParameters, deepspeed.utils.groups
-        self.deepspeed = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
+        self.deepspeed = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=config, mpu=DeepSpeedMesh(mesh)
+        )[0]
         stages = OFFLOADED if placement.offload_optimizer else STAGES
         self.stage = stages[zero_stage](self.deepspeed, table, mesh, reduce_dtype)
         for home in self.stage.homes():
@@ -185,6 +215,8 @@ class Engine:
         loss: this rank's share of the global loss, so that shares add up to it. last: no micro-batch follows.
         """
         self.stage.backward(loss, last)
+        if last:
+            self.shared.sum(self.stage.gradients(), self.stage.held_gradients())
         del self._entered[self._depth :]  # ZeRO-3 never leaves the modules whose recomputation stops early
 
     def gradients(self) -> Iterator[GradientFragment]:
@@ -285,12 +317,12 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": options.persistent,
             "stage3_max_live_parameters": options.live,
             "stage3_max_reuse_distance": options.live,
-            "zero_hpz_partition_size": placement.group_size(mesh.size),
+            "zero_hpz_partition_size": placement.group_size(mesh.shard.size),
         }
     if placement.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     return {
-        "train_batch_size": mesh.size,
+        "train_batch_size": mesh.shard.size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,

@@ -55,7 +55,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     batches = run.stream.next_step()
-    valid = run.mesh.sum(sum(batch.valid for batch in batches))
+    valid = run.mesh.sum(sum(batch.valid for batch in batches) if run.mesh.tells_rows else 0)
     means, counts = accumulate(run, batches, max(valid, 1))
     rate, norm, updated = update(run)
     model = cast(HybridLM, run.engine.module)
@@ -63,7 +63,8 @@ def train_step(run: Run) -> dict[str, Any]:
         run.engine.add(model.adjustments(counts))
     run.clock.step += 1
     run.clock.tokens += run.tokens_per_step
-    digests = [digest for rank in run.mesh.gather(row_digests(batches)) for digest in rank]
+    mine = row_digests(batches) if run.mesh.tells_rows else []
+    digests = [digest for rank in run.mesh.gather(mine) for digest in rank]
     seconds = time.perf_counter() - begin
     speed = run.tokens_per_step / seconds
     return {
@@ -92,15 +93,18 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> tuple[dict[str, 
         run.watch.progress(f"step {run.clock.step + 1}")
         out = forward(run, batch)
         assert out.nll is not None
-        loss = out.nll.sum() + sum(out.losses.values())
+        # Tensor ranks have the same tokens: each has all of the loss, whose gradient it shares with the others, and all
+        # of the layers' own losses, whose gradient it has for itself.
+        loss = out.nll.sum() + sum(out.losses.values()) / run.mesh.tensor.size
         run.engine.backward(loss / valid, last=index == len(batches) - 1)
         sums = {"loss": out.nll.detach().double().sum(), **out.losses}
-        shares = {name: value / (len(batches) * run.mesh.size) for name, value in out.metrics.items()}
+        shares = {name: value / (len(batches) * run.mesh.shard.size) for name, value in out.metrics.items()}
         for name, value in ({name: value / valid for name, value in sums.items()} | shares).items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
         counts = add_losses(counts, out.counts)
     together = list((totals | counts).values())
-    summed = run.mesh.sum_(torch.cat([value.double().flatten() for value in together]))
+    own = torch.cat([value.double().flatten() for value in together])
+    summed = run.mesh.sum_(own if run.mesh.tells_tokens else torch.zeros_like(own))
     parts = summed.split([value.numel() for value in together])
     means = {name: part.item() for name, part in zip(totals, parts, strict=False)}
     return means, dict(zip(counts, parts[len(totals) :], strict=True))
@@ -149,7 +153,7 @@ def validate(run: Run) -> Perplexity:
         run.watch.progress(f"validation at step {run.clock.step}")
         out = forward(run, batch)
         assert out.nll is not None
-        return out.nll
+        return run.mesh.whole_rows(out.nll, batch.tokens.shape[1])
 
     run.engine.module.eval()
     result = evaluate(
@@ -158,9 +162,9 @@ def validate(run: Run) -> Perplexity:
         sequence_length=run.recipe.training.sequence_length,
         rows=run.recipe.training.micro_batch_rows,
         max_tokens=run.recipe.evaluation.max_tokens,
-        rank=run.mesh.rank,
-        size=run.mesh.size,
-        all_reduce=run.mesh.sum_,
+        rank=run.mesh.data.rank,
+        size=run.mesh.data.size,
+        all_reduce=run.mesh.sum_over_data,
     )
     run.engine.module.train()
     clock, bits = run.clock, result.bits_per_byte

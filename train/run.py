@@ -27,6 +27,7 @@ from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health, TrainingHealthError
+from train.layout import copied_elements
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
@@ -193,7 +194,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         layout = recipe.parallel
-        mesh = stack.enter_context(open_mesh(layout.device, timeout_s=layout.timeout_s, interface=layout.interface))
+        mesh = stack.enter_context(
+            open_mesh(layout.device, layout.sizes, timeout_s=layout.timeout_s, interface=layout.interface)
+        )
         say = partial(report, survivor=True)
         watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
         stack.enter_context(watch.naming_the_dead())
@@ -264,8 +267,8 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
         data.mixture(recipe.training.sequence_length, recipe.seed),
         rows_per_step=recipe.training.rows_per_step,
         micro_rows=recipe.training.micro_batch_rows,
-        rank=mesh.rank,
-        size=mesh.size,
+        rank=mesh.data.rank,
+        size=mesh.data.size,
     )
 
 
@@ -327,13 +330,17 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
     recipe, metrics = run.recipe, run.metrics
     if not run.mesh.main:
         return
+    shape = f" ({run.mesh.shape})" if run.mesh.shape else ""
     million = parameter_count(recipe.model) / 1e6
     metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
     metrics.say(
-        f"{run.mesh.size} x {run.mesh.device.type}, ZeRO {recipe.parallel.zero_stage}"
-        f"{recipe.parallel.placement.words(run.mesh.size)}, "
+        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}"
+        f"{recipe.parallel.placement.words(run.mesh.shard.size)}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
+    if run.mesh.tensor.size > 1:
+        copies = copied_elements(run.model.table(), run.mesh.tensor.size) / 1e6
+        metrics.say(f"tensor ranks hold {copies:.2f}M parameters more than once: norms, routers, heads that all need")
     for letter, layer in recipe.model.layers.items():
         if shared := getattr(layer, "shares", None):
             metrics.say(f"layers.{letter}: documents share {shared}")

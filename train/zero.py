@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.params import Table
+from train.collectives import Axis
 from train.health import GradientFragment
 from train.parallel import Mesh
 
@@ -61,6 +62,10 @@ class Stage(ABC):
     @abstractmethod
     def gradients(self) -> Iterator[GradientFragment]: ...
 
+    def held_gradients(self) -> Iterator[GradientFragment]:
+        """Views of all that this rank has of the summed gradients: what it owns, or more."""
+        return self.gradients()
+
     @abstractmethod
     def scale(self, factor: float) -> None: ...
 
@@ -68,7 +73,7 @@ class Stage(ABC):
     def forget_gradients(self) -> None: ...
 
     def frozen_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if not p.requires_grad)
+        return (even_shard(p, name, self.mesh.shard) for p, name in self.names.items() if not p.requires_grad)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; after the last, gradients are summed over ranks and micro-batches."""
@@ -85,9 +90,9 @@ class Stage(ABC):
             fill(parameter.detach().view(-1), name, WEIGHT, 0)
 
 
-def even_shard(parameter: nn.Parameter, name: str, mesh: Mesh) -> Shard:
+def even_shard(parameter: nn.Parameter, name: str, axis: Axis) -> Shard:
     """This rank's even part of a parameter that every rank holds whole."""
-    start, stop = (parameter.numel() * rank // mesh.size for rank in (mesh.rank, mesh.rank + 1))
+    start, stop = (parameter.numel() * rank // axis.size for rank in (axis.rank, axis.rank + 1))
     return Shard(name, start, stop, parameter, start)
 
 
@@ -107,7 +112,7 @@ class Stage0(Stage):
         return [p for p in self.names if p.requires_grad]
 
     def trained_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if p.requires_grad)
+        return (even_shard(p, name, self.mesh.shard) for p, name in self.names.items() if p.requires_grad)
 
     def restored(self) -> list[Shard]:
         return [Shard(self.names[p], 0, p.numel(), p, 0) for p in self.names if p.requires_grad]
@@ -121,11 +126,11 @@ class Stage0(Stage):
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.mesh.size > 1:
+        if self.mesh.shard.size > 1:
             for bucket in self._buckets(trained):
                 dtype = self.reduce_dtypes[bucket[0]]
                 flat = torch.cat([gradient_of(p).view(-1).to(dtype) for p in bucket])
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.mesh.shard.group)
                 for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     gradient_of(parameter).view(-1).copy_(part)
 
@@ -144,6 +149,11 @@ class Stage0(Stage):
     def gradients(self) -> Iterator[GradientFragment]:
         for shard in self.trained:
             yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
+
+    def held_gradients(self) -> Iterator[GradientFragment]:
+        for parameter, name in self.names.items():
+            if parameter.requires_grad:
+                yield GradientFragment(name, 0, parameter.numel(), gradient_of(parameter).view(-1))
 
     def scale(self, factor: float) -> None:
         torch._foreach_mul_([gradient_of(p) for p in self.names if p.requires_grad], factor)
@@ -171,7 +181,7 @@ class Stage12(Stage):
     def trained_shards(self) -> Iterator[Shard]:
         for group in range(len(self.homes())):
             size = self.zero.partition_size[group]
-            first, last = self.mesh.rank * size, (self.mesh.rank + 1) * size
+            first, last = self.mesh.shard.rank * size, (self.mesh.shard.rank + 1) * size
             members = zip(
                 self.zero.round_robin_bit16_groups[group], self.zero.round_robin_bit16_offsets[group], strict=True
             )
@@ -244,15 +254,15 @@ class Stage3(Stage):
 
     def _shard(self, parameter: Any, home: Tensor, offset: int) -> Iterator[Shard]:
         size, numel = parameter.partition_numel(), parameter.ds_numel
-        start, stop = (min(rank * size, numel) for rank in (self.mesh.rank, self.mesh.rank + 1))
+        start, stop = (min(rank * size, numel) for rank in (self.mesh.shard.rank, self.mesh.shard.rank + 1))
         if start < stop:
             yield Shard(self.names[parameter], start, stop, home, offset)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.zero.clear_backward_seen_flag()
         super().backward(loss, last)
-        if last and self.mesh.size > 1:
-            self.zero.grad_partitions_flat_buffer.mul_(self.mesh.size)
+        if last and self.mesh.shard.size > 1:
+            self.zero.grad_partitions_flat_buffer.mul_(self.mesh.shard.size)
 
     def gradients(self) -> Iterator[GradientFragment]:
         gradients = {

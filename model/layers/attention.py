@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
 from model.ops.attention import Past, attention, rotary
 from model.ops.conv import causal_conv
 from model.ops.norm import rms_norm
 from model.ops.rope import NTKScaling, RopeScaling
-from model.params import Block, ParamSpec, Split, Table, Uniform, allocate_table, split_evenly
+from model.params import Block, ParamSpec, Split, Table, Uniform, allocate_table, local_rows, split_evenly
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class AttentionConfig:
     qkv_conv: int | None = None
     kind: Literal["attention"] = "attention"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
 
     @property
     def kv_heads(self) -> int:
@@ -151,10 +152,12 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.eps = config, dims.norm_eps
         P = config.width(dims.d_model)
-        self.sizes = [config.n_heads, config.kv_heads, config.kv_heads]
+        rows = local_rows(config.table(dims)["qkv.weight"], dims.place)
+        self.sizes = [rows[name] // P for name in ("q", "k", "v")]
+        _, self.kv_of = even_groups(config.n_heads, config.kv_heads, dims.place)
         self.head_dim, self.turned = P, config.turned(dims.d_model)
         self.qkv, self.out = Projection(), Projection()
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None = None) -> LayerOutput:
         cfg, packed = self.config, not ctx.documents.single
@@ -178,8 +181,7 @@ class Attention(nn.Module):
             q, k = rotary(q, *turn), rotary(k, *turn)
         y = attention(
             q,
-            k,
-            v,
+            *((k, v) if self.kv_of is None else (k[:, :, self.kv_of], v[:, :, self.kv_of])),
             window=cfg.window,
             documents=documents,
             bounds=ctx.documents.bounds if packed and state is None else None,

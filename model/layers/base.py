@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.params import Constant, Init, Normal, ParamSpec, Split, Table, Uniform
+from model.params import WHOLE, Constant, Init, Normal, ParamSpec, Place, Split, Table, Uniform
 
 VisibleKeys = Callable[[int | None], float]
 """`keys(window)`: mean number of keys that a query sees (itself included) under a window, None for no window."""
@@ -24,7 +24,8 @@ class Dims:
 
     d_model: width. n_residuals: number of layers that add to the residual stream, parallel branches counted one by
     one. init_std: standard deviation of initial matrices, None for uniform in ±1/sqrt(fan_in). rescale_outputs: divide
-    the initial output projections by sqrt(n_residuals). norm_eps: epsilon of every norm.
+    the initial output projections by sqrt(n_residuals). norm_eps: epsilon of every norm. place: this rank's part of the
+    weights.
     """
 
     d_model: int
@@ -32,6 +33,7 @@ class Dims:
     init_std: float | None = 0.02
     rescale_outputs: bool = True
     norm_eps: float = 1e-5
+    place: Place = WHOLE
 
     def matrix(self, fan_in: int, output: bool = False) -> Init:
         """Initial values of a projection; `output` marks those that write to the residual stream."""
@@ -61,7 +63,9 @@ class Costs:
 
 
 class LayerKind(Protocol):
-    """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong."""
+    """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong. Its
+    class may say `parallel`: over which ranks, of "tensor", "context" and "expert", a layer of it may be spread besides
+    data-parallel ones; where it does not, over none."""
 
     residual: ClassVar[str]
 
@@ -109,3 +113,18 @@ def require(ok: bool, key: str, got: object, wants: str) -> None:
     """Raises ValueError naming the config key unless `ok`."""
     if not ok:
         raise ValueError(f"{key}: got {got}, wants {wants}")
+
+
+def even_groups(leaders: int, units: int, place: Place) -> tuple[int, list[int] | None]:
+    """How the leaders (heads) of a tensor rank find their units (groups, key/value heads) among those that it holds.
+
+    Returns the number of units that it holds, and None where each serves equally many leaders, in order; else the
+    unit's number, counted from the first that it holds, for each leader.
+    """
+    first, last = leaders * place.rank // place.size, leaders * (place.rank + 1) // place.size
+    unit_of = [leader * units // leaders for leader in range(first, last)]
+    start = unit_of[0]
+    held = unit_of[-1] + 1 - start
+    even = unit_of == [start + index * held // len(unit_of) for index in range(len(unit_of))]
+    even = even and len(unit_of) % held == 0
+    return held, None if even else [unit - start for unit in unit_of]

@@ -64,6 +64,7 @@ class MambaConfig:
     chunk: int | None = None
     kind: Literal["mamba"] = "mamba"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -160,7 +161,7 @@ class Mamba(nn.Module):
         self.sizes = [config.rank(dims.d_model), config.d_state, config.d_state]
         self.in_proj, self.x_proj, self.dt_proj, self.out_proj = (Projection() for _ in range(4))
         self.register_parameter("conv_bias", None)
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> LayerOutput:
         documents = None if ctx.documents.single and state is None else ctx.documents.index
@@ -174,7 +175,7 @@ class Mamba(nn.Module):
             activation="silu",
             return_state=ctx.carry,
         )
-        r, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        r, B, C = ctx.mesh.sum_over_tensor(self.x_proj(x)).split(self.sizes, dim=-1)
         if self.config.inner_norms:
             r = rms_norm(r, self.dt_norm_weight, self.eps)
             B = rms_norm(B, self.B_norm_weight, self.eps)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
 from model.ops.conv import causal_conv
-from model.ops.norm import gated_rms_norm, swiglu
+from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
 from model.params import (
     Block,
@@ -36,6 +36,7 @@ from model.params import (
     Table,
     Uniform,
     allocate_table,
+    local_rows,
     split_evenly,
 )
 
@@ -65,6 +66,7 @@ class Mamba2Config:
     norm_before_gate: bool = False
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -168,14 +170,22 @@ class Mamba2(nn.Module):
     def __init__(self, config: Mamba2Config, dims: Dims, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.eps = config, dims.norm_eps
-        inner, GN, E = config.ssm_width(dims.d_model), config.n_groups * config.d_state, config.mlp_width(dims.d_model)
-        self.sizes = [*([E, E] if E else []), inner, inner + 2 * GN, config.n_heads(dims.d_model)]
-        self.conv_sizes = [inner, GN, GN]
+        H, G, place = config.n_heads(dims.d_model), config.n_groups, dims.place
+        rows = local_rows(config.table(dims)["in_proj.weight"], place)
+        self.conv_sizes = [rows["x"], rows["B"], rows["C"]]
+        beside = [rows[name] for name in ("z0", "x0") if name in rows]
+        self.sizes = [*beside, rows["z"], sum(self.conv_sizes), rows["dt"]]
+        self.heads_per_group = H // G
+        self.groups, self.group_of = even_groups(H, G, place)
+        # Of each head, where a group of the norm lies on several tensor ranks.
+        first = H * place.rank // place.size
+        cut = any(H * rank // place.size % (H // G) for rank in range(place.size))
+        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if cut else None
         self.in_proj, self.out_proj = Projection(), Projection()
-        self.mlp_out = Projection() if E else None
+        self.mlp_out = Projection() if beside else None
         self.register_parameter("conv_bias", None)
         self.register_parameter("norm_weight", None)
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
         cfg = self.config
@@ -190,7 +200,10 @@ class Mamba2(nn.Module):
             activation="silu",
             return_state=ctx.carry,
         )
-        x, B, C = xBC.split(self.conv_sizes, dim=-1)
+        x, *BC = xBC.split(self.conv_sizes, dim=-1)
+        B, C = (part.unflatten(-1, (self.groups, -1)) for part in BC)
+        if self.group_of is not None:
+            B, C = B[:, :, self.group_of], C[:, :, self.group_of]
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if cfg.dt_limit is not None:
             dt = dt.clamp(*cfg.dt_limit)
@@ -198,21 +211,24 @@ class Mamba2(nn.Module):
             x.unflatten(-1, (-1, cfg.head_dim)),
             dt,
             -torch.exp(self.A_log),
-            B.unflatten(-1, (cfg.n_groups, -1)),
-            C.unflatten(-1, (cfg.n_groups, -1)),
+            B,
+            C,
             D=self.D,
             documents=documents,
             initial_state=None if state is None else state.ssm,
             chunk=cfg.chunk,
             return_state=ctx.carry,
         )
-        y = self.out_proj(self._gate(y.flatten(2), z))
+        y = self.out_proj(self._gate(y.flatten(2), z, ctx))
         if self.mlp_out is not None:
             y = y + self.mlp_out(swiglu(*beside))
         return LayerOutput(y, Mamba2State(conv, ssm) if ctx.carry else None)
 
-    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+    def _gate(self, y: Tensor, z: Tensor, ctx: Context) -> Tensor:
         if self.norm_weight is None:
             return swiglu(z, y)
         first = self.config.norm_before_gate
-        return gated_rms_norm(y, z, self.norm_weight, self.eps, self.config.n_groups, norm_before_gate=first)
+        if self.norm_group_of is None:
+            return gated_rms_norm(y, z, self.norm_weight, self.eps, self.groups, norm_before_gate=first)
+        spread = Spread(self.norm_group_of, self.config.n_groups, self.heads_per_group, ctx.mesh.sum_over_tensor)
+        return spread_gated_rms_norm(y, z, self.norm_weight, self.eps, spread, norm_before_gate=first)

@@ -59,6 +59,7 @@ class MoEConfig:
     route_scale: float = 1.0
     kind: Literal["moe"] = "moe"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
     routed: ClassVar[bool] = True
 
     def check(self, d_model: int) -> None:
@@ -130,7 +131,7 @@ class MoE(nn.Module):
         self.router, self.up, self.down = Projection(wide=True), Experts(), Experts()
         self.register_parameter("bias", None)
         self.shared = None if config.shared is None else config.shared.build(dims)
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, x: Tensor, ctx: Context, state: None = None) -> LayerOutput:
         cfg, (B, T, D) = self.config, x.shape

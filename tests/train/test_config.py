@@ -128,6 +128,9 @@ def test_sections_that_do_not_fit_together_are_refused():
     assert "parallel.hpz_ranks: got 1, wants 2 or more ranks, or none" in refused(
         "parallel.zero_stage=3", "parallel.hpz_ranks=1"
     )
+    assert "parallel.hpz_ranks: got 2, wants none beside tensor ranks" in refused(
+        "parallel.zero_stage=3", "parallel.hpz_ranks=2", "parallel.tensor=2"
+    )
     with pytest.raises(ConfigError, match=r"parallel\.hpz_ranks: got 3, wants a divisor of the 8 ranks: 2"):
         load_recipe(TINY, ["parallel.zero_stage=3", "parallel.hpz_ranks=3"]).check_ranks(8)
     with pytest.raises(ConfigError, match=r"training\.rows_per_step: got 8, wants a multiple of the 3 ranks"):

@@ -1,0 +1,205 @@
+"""What ranks tell each other inside a forward and backward pass: an `Axis` of the mesh, and differentiable collectives.
+
+Every gradient is a part of a sum over ranks: where ranks hold the same value, each has the part of its gradient that
+its own use of it gave. So the gradient of a sum whose result all ranks use is the sum of theirs, and so on.
+
+Legend: B batch rows, T tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.context import chunk_bounds
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks of the mesh that differ in one coordinate. rank, size: this rank's place among them. ranks: their numbers
+    in the world. group: theirs; one rank alone may have none."""
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+
+
+def all_reduce(axis: Axis, x: Tensor) -> Tensor:
+    """The sum over the ranks, in new memory."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    if axis.size > 1:
+        dist.all_reduce(total, group=axis.group)
+    return total
+
+
+def all_gather(axis: Axis, x: Tensor) -> Tensor:
+    """(...) -> (ranks, ...)."""
+    if axis.size == 1:
+        return x[None]
+    out = x.new_empty(axis.size, *x.shape)
+    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    return out
+
+
+def reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
+    """(ranks, ...) -> (...), this rank's part of the sum."""
+    if axis.size == 1:
+        return x[0]
+    out = x.new_empty(x.shape[1:])
+    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    return out
+
+
+def gather_tokens(axis: Axis, x: Tensor, length: int) -> Tensor:
+    """(B, own tokens, ...) -> (B, length, ...): the tokens of all ranks, which `chunk_bounds` deals to them."""
+    if axis.size == 1:
+        return x
+    longest = -(-length // axis.size)
+    if length % axis.size == 0:
+        return all_gather(axis, x).movedim(0, 1).flatten(1, 2)
+    padded = x.new_zeros(x.shape[0], longest, *x.shape[2:])
+    padded[:, : x.shape[1]] = x
+    parts = all_gather(axis, padded)
+    bounds = (chunk_bounds(length, rank, axis.size) for rank in range(axis.size))
+    return torch.cat([part[:, : stop - start] for part, (start, stop) in zip(parts, bounds, strict=True)], 1)
+
+
+def scatter_tokens(axis: Axis, y: Tensor) -> Tensor:
+    """(B, T, ...) -> (B, own tokens, ...): the sum over ranks of this rank's tokens."""
+    if axis.size == 1:
+        return y
+    length = y.shape[1]
+    if length % axis.size == 0:
+        return reduce_scatter(axis, y.unflatten(1, (axis.size, -1)).movedim(1, 0))
+    parts = y.new_zeros(axis.size, y.shape[0], -(-length // axis.size), *y.shape[2:])
+    for rank, part in enumerate(parts):
+        start, stop = chunk_bounds(length, rank, axis.size)
+        part[:, : stop - start] = y[:, start:stop]
+    start, stop = chunk_bounds(length, axis.rank, axis.size)
+    return reduce_scatter(axis, parts)[:, : stop - start]
+
+
+def halo_spans(axis: Axis, tokens: int, row: int) -> list[tuple[int, int, int, int]]:
+    """Who sends what for `halo`: `(sender, receiver, start, stop)`, ranks of the axis and tokens of the row."""
+    spans = []
+    for receiver in range(axis.size):
+        first = chunk_bounds(row, receiver, axis.size)[0]
+        for sender in range(receiver):
+            low, high = chunk_bounds(row, sender, axis.size)
+            start = max(low, first - tokens)
+            if start < high:
+                spans.append((sender, receiver, start, high))
+    return spans
+
+
+def _deliver(axis: Axis, parcels: list[tuple[int, int, Tensor]]) -> None:
+    """Sends and receives all at once. parcels: `(sender, receiver, tensor)`; the tensor is sent, or filled."""
+    waits = []
+    for sender, receiver, value in parcels:
+        if axis.rank == sender:
+            waits.append(dist.P2POp(dist.isend, value, axis.ranks[receiver], axis.group))
+        else:
+            waits.append(dist.P2POp(dist.irecv, value, axis.ranks[sender], axis.group))
+    for wait in dist.batch_isend_irecv(waits) if waits else ():
+        wait.wait()
+
+
+class Halo(torch.autograd.Function):
+    """(B, T, ...) of a rank's chunk of rows of length `row` -> (B, tokens, ...), what lies before it, on one rank or on
+    several; zeros where the row has nothing."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis, tokens: int, row: int) -> Tensor:
+        ctx.axis, ctx.tokens, ctx.row, ctx.shape = axis, tokens, row, x.shape
+        out = x.new_zeros(x.shape[0], tokens, *x.shape[2:])
+        own, parcels, filled = chunk_bounds(row, axis.rank, axis.size)[0], [], []
+        for sender, receiver, start, stop in halo_spans(axis, tokens, row):
+            if axis.rank == sender:
+                parcels.append((sender, receiver, x[:, start - own : stop - own].contiguous()))
+            elif axis.rank == receiver:
+                target = out[:, tokens + start - own : tokens + stop - own]
+                filled.append((target, torch.empty_like(target, memory_format=torch.contiguous_format)))
+                parcels.append((sender, receiver, filled[-1][1]))
+        _deliver(axis, parcels)
+        for target, value in filled:
+            target.copy_(value)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        axis, tokens = ctx.axis, ctx.tokens
+        own, parcels, added = chunk_bounds(ctx.row, axis.rank, axis.size)[0], [], []
+        dx = d.new_zeros(ctx.shape)
+        for sender, receiver, start, stop in halo_spans(axis, tokens, ctx.row):
+            if axis.rank == receiver:
+                part = d[:, tokens + start - own : tokens + stop - own].contiguous()
+                parcels.append((receiver, sender, part))
+            elif axis.rank == sender:
+                target = dx[:, start - own : stop - own]
+                added.append((target, torch.empty_like(target, memory_format=torch.contiguous_format)))
+                parcels.append((receiver, sender, added[-1][1]))
+        _deliver(axis, parcels)
+        for target, value in added:
+            target.add_(value)
+        return dx, None, None, None
+
+
+class Enter(torch.autograd.Function):
+    """`gather_tokens`, whose gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis, length: int) -> Tensor:
+        ctx.axis = axis
+        return gather_tokens(axis, x, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        return scatter_tokens(ctx.axis, d), None, None
+
+
+class Leave(torch.autograd.Function):
+    """`scatter_tokens`."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.length = axis, y.shape[1]
+        return scatter_tokens(axis, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        return gather_tokens(ctx.axis, d, ctx.length), None
+
+
+class Total(torch.autograd.Function):
+    """The sum over ranks, for all of them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(axis, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        return all_reduce(ctx.axis, d), None
+
+
+class Gather(torch.autograd.Function):
+    """`all_gather`, whose gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(axis, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        return reduce_scatter(ctx.axis, d), None
