@@ -37,7 +37,7 @@ def train_placed(cases: list[Case], device: str = "cpu") -> dict[Case, dict[str,
             steps = list(train_steps(engine, ACCUMULATION, POISON))
             saved = snapshot(engine)
             sizes = sizes_in_force(engine)
-            state = assemble([[(*shard[:3], on_cpu(shard[3])) for shard in rank] for rank in mesh.gather(saved)])
+            state = assemble(mesh.gather(on_cpu(saved)))
             run_step(engine, 1, 1)
             engine.apply(1.0)
 
@@ -54,7 +54,7 @@ def train_placed(cases: list[Case], device: str = "cpu") -> dict[Case, dict[str,
             later = snapshot(engine)
             engine.close()
             result = {"steps": steps, "saved": saved, "loaded": loaded, "later": later}
-            results[stage, placement] = result | {"homes": homes, "sizes": sizes, "copied": copied}
+            results[stage, placement] = on_cpu(result) | {"homes": homes, "sizes": sizes, "copied": copied}
     return results
 
 
@@ -63,8 +63,12 @@ def elements_kept_twice(engine: Engine) -> int:
     return sum(copy.numel() for copy in copies if copy is not None)
 
 
-def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {kind: value.cpu() for kind, value in values.items()}
+def on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def sizes_in_force(engine: Engine) -> dict[str, int]:
@@ -104,14 +108,14 @@ def check_equals_plain_torch(ranks: list[dict[str, Any]]) -> None:
         for rank in (rank["steps"][step] for rank in ranks):
             assert rank["admitted"] == (step != POISON)
             for name, weight in rank["weights"].items():
-                assert_near(weight.cpu(), expected["weights"][name], 1e-6, f"{name} after step {step}")
+                assert_near(weight, expected["weights"][name], 1e-6, f"{name} after step {step}")
             if step == POISON:
                 assert same_bits(rank["before"], rank["after"]), "a refused update changed something"
                 continue
             assert rank["norm"] == pytest.approx(expected["norm"], rel=1e-6)
             for name, start, stop, value in rank["gradients"]:
                 wanted = expected["gradients"][name].view(-1)[start:stop]
-                assert_near(value.cpu(), wanted, 1e-6, f"gradient of {name} at step {step}")
+                assert_near(value, wanted, 1e-6, f"gradient of {name} at step {step}")
 
 
 def check_equals_its_stage(ranks: list[dict[str, Any]], plain: list[dict[str, Any]], exact: bool) -> None:
@@ -123,7 +127,7 @@ def check_equals_its_stage(ranks: list[dict[str, Any]], plain: list[dict[str, An
             for one, other in zip(ours[key], theirs[key], strict=True):
                 assert one[:3] == other[:3]
                 for kind, value in one[3].items():
-                    assert_near(value.cpu(), other[3][kind].cpu(), 1e-6, f"{key}: {kind} of {one[0]}")
+                    assert_near(value, other[3][kind], 1e-6, f"{key}: {kind} of {one[0]}")
 
 
 @pytest.mark.parametrize(("stage", "placement"), ALONE)
