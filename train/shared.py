@@ -47,7 +47,7 @@ class SharedGradients:
             return
         total = torch.zeros(self.elements, device=self.mesh.device)
         for at, part in self._parts(owned):
-            total[at : at + part.numel()] += part
+            total[at : at + part.numel()] += part.to(total.device)
         self.mesh.sum_(total)
         for at, part in self._parts(held):
             part.copy_(total[at : at + part.numel()])
