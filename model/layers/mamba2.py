@@ -10,6 +10,8 @@ has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
 (`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
 
+On context ranks the chunk's effect on a state (`ssd_summary`) goes round before the scan.
+
 Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
 the MLP, k convolution taps.
 """
@@ -23,7 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, inputs_before, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd

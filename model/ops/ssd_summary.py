@@ -84,4 +84,3 @@ def _spans(x: Tensor) -> Iterator[slice]:
 def _by_group(v: Tensor, like: Tensor | None = None) -> Tensor:
     """(b, q, G, N) -> (b, G, q, N); (b, q, H, P), grouped as `like` is -> (b, G, q, R P)."""
     return (v if like is None else v.unflatten(2, (like.shape[2], -1)).flatten(3)).transpose(1, 2)
-

@@ -17,7 +17,6 @@ from tests.train.layouts import (
     braid,
     differences,
     reference,
-    run_layouts,
     train_layout,
 )
 
@@ -75,13 +74,20 @@ def work(cases: list[tuple[ModelConfig, Layout, int]]) -> tuple[list[list[dict]]
 
     with open_mesh("cpu", timeout_s=60) as world:
         context = Layout(context=world.size, micro=ROWS)
-        trained = [train_layout(Mesh(world.device, at.sizes), config, at, n, Precision()) for config, at, n in cases]
+        trained = [
+            ends(train_layout(Mesh(world.device, at.sizes), config, at, n, Precision())) for config, at, n in cases
+        ]
         mesh = Mesh(world.device, Sizes(context=world.size))
         leaks = [leak for config in (EVERY, FAR) for leak in leaking(config, mesh)]
         return trained, leaks, [train_layout(mesh, IN_BFLOAT16, context, 1, BFLOAT16)]
 
 
 IN_BFLOAT16 = braid("Mm*W-")
+
+
+def ends(record: list[dict]) -> list[dict]:
+    """What `differences` looks at: fewer tensors than a process may hand to another at once."""
+    return [record[0] | {"weights": []}, record[-1] | {"gradients": []}] if len(record) > 1 else record
 
 
 def leaking(config: ModelConfig, mesh: Collectives) -> list[str]:
@@ -109,10 +115,10 @@ def leaking(config: ModelConfig, mesh: Collectives) -> list[str]:
             if gradient[~own].any():
                 found.append(f"{place}: gradients of other documents' inputs")
             seen.append((y.detach()[own], gradient[own]))
-        routed = any(getattr(layer, "routed", False) for layer in (config.stacked[place],))
+        routed = getattr(config.stacked[place], "routed", False)
         for name, a, b in zip(("outputs", "gradients"), *seen, strict=True):
-            if (a - b).abs().max() > 1e-6 * b.abs().max() if routed else not torch.equal(a, b):
-                found.append(f"{place}: {name}, by {(a - b).abs().max().item()}")
+            if not torch.allclose(a, b, rtol=1e-6, atol=1e-6) if routed else not torch.equal(a, b):
+                found.append(f"{place}: {name}")
     return found
 
 
@@ -124,16 +130,6 @@ def check(world: int, cases: list[tuple[ModelConfig, Layout, int]], ranks: list[
         after = {name: value for name, value in found.items() if name.startswith(("weights", "last"))}
         assert max(after.values()) < 1e-4
         assert max(value for name, value in found.items() if name not in after) < 1e-5
-
-
-@pytest.mark.parametrize("world", CASES)
-def test_equal(world: int) -> None:
-    """Loss, norm and every gradient of the first step, and the weights after the last; documents stay apart; bfloat16
-    is as near to float32 as on one process."""
-    results = run_ranks(work, world, CASES[world], timeout_s=400)
-    check(world, CASES[world], [trained for trained, _, _ in results])
-    assert [leaks for _, leaks, _ in results] == [[]] * world
-    check_bfloat16([halves[0] for _, _, halves in results])
 
 
 def check_bfloat16(ranks: list[list[dict]]) -> None:
@@ -148,7 +144,21 @@ def check_bfloat16(ranks: list[list[dict]]) -> None:
     assert max(ratios.values()) < 2
 
 
+def verify(world: int, cases: list[tuple[ModelConfig, Layout, int]]) -> None:
+    results = run_ranks(work, world, cases, timeout_s=1500)
+    check(world, cases, [trained for trained, _, _ in results])
+    assert [leaks for _, leaks, _ in results] == [[]] * world
+    check_bfloat16([halves[0] for _, _, halves in results])
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_equal(world: int) -> None:
+    """Loss, norm and every gradient of the first step, and the weights after the last; documents stay apart; bfloat16
+    is as near to float32 as on one process."""
+    verify(world, CASES[world])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", EXHAUSTIVE)
 def test_equal_in_every_layout(world: int) -> None:
-    check(world, EXHAUSTIVE[world], run_ranks(run_layouts, world, EXHAUSTIVE[world], timeout_s=1500))
+    verify(world, EXHAUSTIVE[world])
