@@ -220,8 +220,9 @@ def _torch_varlen(q, keys: _Keys, window: int | None, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q.shape
-    whole = _row_bounds(B, T, q.device) if keys.queries is None else None
-    ends = (whole, whole) if keys.queries is None else (keys.queries, keys.keys)
+    ends: Any = keys.queries, keys.keys
+    if keys.queries is None:
+        ends = (_row_bounds(B, T, q.device),) * 2
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     queries, k, v = (x if x.dim() == 3 else x.flatten(0, 1) for x in (q, keys.k, keys.v))
     if k.shape[1] != H:
