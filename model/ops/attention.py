@@ -220,9 +220,8 @@ def _torch_varlen(q, keys: _Keys, window: int | None, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q.shape
-    ends: Any = keys.queries, keys.keys
-    if keys.queries is None:
-        ends = (_row_bounds(B, T, q.device),) * 2
+    rows = _row_bounds(B, T, q.device) if keys.queries is None else keys.queries
+    ends = rows if keys.keys is None else keys.keys
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     queries, k, v = (x if x.dim() == 3 else x.flatten(0, 1) for x in (q, keys.k, keys.v))
     if k.shape[1] != H:
@@ -230,7 +229,7 @@ def _torch_varlen(q, keys: _Keys, window: int | None, scale: float) -> Tensor:
             options["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    out: Any = varlen_attn(queries, k, v, *ends, T, keys.longest, **options)
+    out: Any = varlen_attn(queries, k, v, rows, ends, T, keys.longest, **options)
     return out.view(q.shape)
 
 
