@@ -6,6 +6,8 @@
 The window counts the current token: a query at position t sees keys t-window+1 ... t of its own document (Samba,
 arXiv 2406.07522, appendix and code). Rotary embedding (arXiv 2104.09864) is computed in float32.
 
+On context ranks the keys and values to the left (under a window its last window-1) come first, as cached ones.
+
 Legend: B batch rows, T tokens, D width, H query heads, K key/value heads, P head dim, L cached tokens, k convolution
 taps.
 """
@@ -205,14 +207,14 @@ class Attention(nn.Module):
         if ctx.spread and cfg.window != 1:
             reach = ctx.row if cfg.window is None else cfg.window - 1
             left, length = ctx.before(torch.cat([k, v], 2), reach)
-            past = Past(*left.chunk(2, 2), length)
+            past = Past(left[:, :, : k.shape[2]], left[:, :, k.shape[2] :], length)
         y = attention(
             q,
             self._of_heads(k),
             self._of_heads(v),
             window=cfg.window,
             documents=documents,
-            bounds=ctx.documents.bounds if packed and not continues else None,
+            bounds=ctx.documents.bounds if documents is not None and state is None else None,
             scale=cfg.scale,
             cap=cfg.logit_cap,
             past=None if past is None else Past(self._of_heads(past.k), self._of_heads(past.v), past.length),

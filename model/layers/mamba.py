@@ -6,6 +6,8 @@
 Layout and defaults follow section 3 of the paper and the public `mamba_ssm` Mamba module. Jamba (arXiv 2403.19887) puts
 RMSNorms on r, B and C: `inner_norms`.
 
+On context ranks the scan runs twice: from zero, for the chunk's effect on a state, and then with what enters the chunk.
+
 Legend: B batch rows, T tokens, I inner width (channels), N state per channel, R rank of the step, k convolution taps.
 """
 

@@ -10,6 +10,8 @@ has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
 (`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
 
+On context ranks the chunk's effect on a state (`ssd_summary`) goes round before the scan.
+
 Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
 the MLP, k convolution taps.
 """

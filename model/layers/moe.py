@@ -14,6 +14,8 @@ Balance: an auxiliary loss weight E sum_e f_e P_e, with f the fraction of choice
 e, per row or over the micro-batch; a z-loss (ST-MoE, arXiv 2202.08906); and, without any loss, a bias b on the choice
 that moves by `bias_rate` towards the mean load after each optimizer step (arXiv 2408.15664), from global counts.
 
+On context ranks T is the length of whole rows: capacity and balance count what the other ranks' tokens chose, too.
+
 Legend: B batch rows, T tokens, n = B T, D width, E experts, k choices a token, F hidden width of an expert.
 """
 

@@ -53,3 +53,24 @@ def test_chunks_give_what_whole_rows_give(layer: LayerConfig, size: int) -> None
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layer", CASES.values(), ids=CASES.keys())
+def test_chunks_are_as_exact_in_bfloat16(layer: LayerConfig, device: str) -> None:
+    """In the compute dtype, with the backends that this device has, chunks are as near to float32 as whole rows are."""
+    mixer, where = braid(layer).blocks[0].mixer.to(device), starts().to(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, LENGTH, D_MODEL, generator=generator).bfloat16().to(device).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+
+    def whole(x: Tensor) -> list[Tensor]:
+        out = mixer(x, Context(Documents.from_starts(where), dtype=x.dtype, row=LENGTH))
+        return gradients(out.y, sum((out.losses or {}).values(), wide.new_zeros(())), x, mixer)
+
+    y, loss = run_chunks(mixer, x, where, 3)
+    chunks = gradients(y, loss.float(), x, mixer)
+    for want, one, several in zip(whole(wide), whole(x), chunks, strict=True):
+        if want is not None:
+            rounding = (one.float() - want).norm()
+            assert (several.float() - want).norm() <= 2 * rounding + 0.01 * want.norm()

@@ -46,7 +46,6 @@ def a_norm(dtype: torch.dtype, gate: str, out: torch.dtype, groups: int = 1) -> 
 def a_conv(dtype: torch.dtype, k: int, documents: bool, bias: bool, activation: str | None, state: bool = False) -> Run:
     x, w, b = leaf(2, 41, 150, dtype=dtype), leaf(147, k, dtype=torch.float32), leaf(147, dtype=torch.float32)
     index = packed([1, 2, 20, 18], [41]) if documents else None
-    index = index - 1 if documents and state else index
     offset, before = b if bias else None, leaf(2, k - 1, 147, dtype=dtype, seed=1) if state else None
     return (
         lambda: [causal_conv(slice_of(x, 147), w, offset, documents=index, state=before, activation=activation)[0]],
