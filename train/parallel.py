@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.params import Place
-from train.collectives import Axis, Enter, Gather, Halo, Leave, Total, all_gather, gather_tokens
+from train.collectives import Axis, Enter, Gather, Halo, Leave, Total, all_gather, at_experts, gather_tokens
 from train.mistakes import describe
 from train.network import choose_interface
 
@@ -129,6 +129,9 @@ class Mesh:
     def gather_over_context(self, x: Tensor) -> Tensor:
         return Gather.apply(x, self.context) if self.context.size > 1 else x[None]
 
+    def at_experts(self, x: Tensor, counts: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return at_experts(self.expert, x, counts, run) if self.expert.size > 1 else run(x, counts)
+
     def sum_(self, x: Tensor) -> Tensor:
         """Adds up `x` over all ranks, in place; the same bits on every rank."""
         if self.size > 1:
@@ -225,9 +228,10 @@ def _make_groups(
     world: int, sizes: Sizes, backend: str | None, timeout: timedelta | None
 ) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
     """A process group for each set of ranks that is an axis of some rank: all ranks make all of them, in one order, as
-    torch wants it. A rank alone needs none, but where DeepSpeed asks for ZeRO's."""
+    torch wants it. A rank alone needs none, but where DeepSpeed asks for ZeRO's and the experts'."""
     axes = [axis_ranks(rank, world, sizes) for rank in range(world)]
-    wanted = dict.fromkeys(ranks for own in axes for name, ranks in own.items() if len(ranks) > 1 or name == "shard")
+    asked = ("shard", "replica")
+    wanted = dict.fromkeys(ranks for own in axes for name, ranks in own.items() if len(ranks) > 1 or name in asked)
     whole = tuple(range(world))
     return {
         ranks: dist.group.WORLD if ranks == whole else dist.new_group(list(ranks), timeout=timeout, backend=backend)

@@ -5,7 +5,7 @@ takes longer than training. `reference` is the same training without engine, mes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -91,10 +91,22 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
 
 
-def reference(config: ModelConfig, steps: int, precision: Precision = Precision(), micro: int = ROWS) -> list[dict]:
-    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step."""
+def unchanged(model: HybridLM) -> None:
+    """The initial weights as they are drawn."""
+
+
+def reference(
+    config: ModelConfig,
+    steps: int,
+    precision: Precision = Precision(),
+    micro: int = ROWS,
+    prepare: Callable[[HybridLM], None] = unchanged,
+) -> list[dict]:
+    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step. prepare:
+    changes initial weights."""
     model = HybridLM(config, precision)
     initialise_model(model, seed=0)
+    prepare(model)
     initial = {name: p.detach()[: model.table()[name].shape[0]].clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), model.table(), 0.1))
     record = []
@@ -177,13 +189,20 @@ def run_leg(mesh, leg: Leg) -> dict[str, Any]:
     return {"fragments": fragments, "steps": leg.last}
 
 
-def start_engine(mesh, config: ModelConfig, layout: Layout, precision: Precision = Precision()):
+def start_engine(
+    mesh,
+    config: ModelConfig,
+    layout: Layout,
+    precision: Precision = Precision(),
+    prepare: Callable[[HybridLM], None] = unchanged,
+):
     from train.engine import Engine, ZeroOptions
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
     model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
+    prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
     return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
 
@@ -230,8 +249,15 @@ def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
     return {"loss": mesh.sum(loss if mesh.tells_tokens else 0.0), "norm": norm, "gradients": gradients}
 
 
-def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precision: Precision) -> list[dict]:
-    engine = start_engine(mesh, config, layout, precision)
+def train_layout(
+    mesh,
+    config: ModelConfig,
+    layout: Layout,
+    steps: int,
+    precision: Precision,
+    prepare: Callable[[HybridLM], None] = unchanged,
+) -> list[dict]:
+    engine = start_engine(mesh, config, layout, precision, prepare)
     initial = owned_weights(engine)
     record = [train_one(engine, layout, step) | {"weights": owned_weights(engine)} for step in range(steps)]
     record[0]["initial"] = initial
