@@ -43,6 +43,7 @@ class Layout:
     expert: int = 1
     micro: int = 1
     recompute: bool = False
+    offload: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -196,7 +197,7 @@ def start_engine(
     precision: Precision = Precision(),
     prepare: Callable[[HybridLM], None] = unchanged,
 ):
-    from train.engine import Engine, ZeroOptions
+    from train.engine import Engine, Placement, ZeroOptions
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
@@ -204,7 +205,8 @@ def start_engine(
     initialise_model(model, seed=0)
     prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
-    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
+    where = Placement(offload_optimizer=layout.offload)
+    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options, placement=where)
 
 
 def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
