@@ -34,22 +34,23 @@ def check_layout(model: ModelConfig, sizes: Sizes, *, sequence_length: int, zero
 
 def _check_kinds(model: ModelConfig, key: str, size: int) -> None:
     """A layer kind says what it can be spread over; experts are spread where there are any."""
-    able = [letter for letter, layer in model.layers.items() if key in getattr(layer, "parallel", ())]
+    stacked = {letter: model.layers[letter] for block in model.blocks for letter in block}
+    able = [letter for letter, layer in stacked.items() if key in getattr(layer, "parallel", ())]
     if key == "expert":
         require(bool(able), key, size, "1, because no layer of the model has experts")
         return
-    for letter, layer in model.layers.items():
+    for letter, layer in stacked.items():
         ok = letter in able and layer.residual == "add"
         require(ok, key, size, f"1, because layers.{letter} (kind {layer.kind!r}) cannot be spread over {key} ranks")
 
 
 def _check_experts(model: ModelConfig, size: int, zero_stage: int) -> None:
-    wants = "1, or parallel.zero_stage of at most 2: DeepSpeed's stage 3 cuts every weight over all data ranks"
+    wants = "1 under zero_stage = 3, or zero_stage = 2: DeepSpeed's stage 3 cuts every weight over all data ranks"
     require(zero_stage < 3, "expert", size, wants)
     for name, spec in model_table(model).items():
         if spec.experts:
             below = max(d for d in range(1, spec.experts + 1) if spec.experts % d == 0 and d <= size)
-            wants = f"a divisor of the {spec.experts} experts of {name}, such as {below}"
+            wants = f"a divisor of the {spec.experts} experts of {name.rpartition('.')[0]}, such as {below}"
             require(spec.experts % size == 0, "expert", size, wants)
 
 

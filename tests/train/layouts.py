@@ -35,8 +35,7 @@ CLIP = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """zero: stage. micro: rows of a micro-batch. recompute: blocks in the backward pass. Data ranks are what the world
-    leaves."""
+    """zero: stage. micro: rows of a micro-batch. Data ranks are what the world leaves."""
 
     zero: int = 0
     tensor: int = 1
@@ -95,15 +94,19 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
 
 
+def unchanged(model: HybridLM) -> None:
+    """The initial weights as they are drawn."""
+
+
 def reference(
     config: ModelConfig,
     steps: int,
     precision: Precision = Precision(),
     micro: int = ROWS,
-    prepare: Callable[[HybridLM], None] = lambda model: None,
+    prepare: Callable[[HybridLM], None] = unchanged,
 ) -> list[dict]:
     """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step. prepare:
-    changes the initial weights."""
+    changes initial weights."""
     model = HybridLM(config, precision)
     initialise_model(model, seed=0)
     prepare(model)
@@ -194,7 +197,7 @@ def start_engine(
     config: ModelConfig,
     layout: Layout,
     precision: Precision = Precision(),
-    prepare: Callable[[HybridLM], None] = lambda model: None,
+    prepare: Callable[[HybridLM], None] = unchanged,
 ):
     from train.engine import Engine, Placement, ZeroOptions
     from train.layout import check_layout
@@ -256,7 +259,7 @@ def train_layout(
     layout: Layout,
     steps: int,
     precision: Precision,
-    prepare: Callable[[HybridLM], None] = lambda model: None,
+    prepare: Callable[[HybridLM], None] = unchanged,
 ) -> list[dict]:
     engine = start_engine(mesh, config, layout, precision, prepare)
     initial = owned_weights(engine)
