@@ -174,8 +174,9 @@ def forward_flops(config: ModelConfig, length: int, keys: VisibleKeys) -> float:
 class HybridLM(nn.Module):
     """A braid of layers as a language model.
 
-    config: the architecture. precision: explicit dtypes. recompute: run each block again in the backward pass instead
-    of keeping its activations. Parameters are allocated, not drawn: see `initialise_model`.
+    config: the architecture. precision: explicit dtypes. recompute: run blocks again in the backward pass instead of
+    keeping their activations: all of them, or those that hold a layer of these letters. Parameters are allocated, not
+    drawn: see `initialise_model`.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class HybridLM(nn.Module):
         config: ModelConfig,
         precision: Precision = Precision(),
         *,
-        recompute: bool = False,
+        recompute: bool | str = False,
         mesh: Collectives | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -194,7 +195,8 @@ class HybridLM(nn.Module):
         self.embedding = Embedding(config.vocab_size, place)
         blocks = {i: build_block(*config.block(i), dims, device) for i in dict.fromkeys(config.places)}
         self.blocks = Blocks(blocks, config.places)
-        self.first_layer = [0, *accumulate(map(len, config.blocks))]
+        self.letters = config.blocks
+        self.first_layer = [0, *accumulate(map(len, self.letters))]
         self.norm = Norm(dims, device)
         self.head = Head(config.vocab_size, self.mesh)
         vocabulary = vocabulary_spec(config)
@@ -262,7 +264,8 @@ class HybridLM(nn.Module):
         counts: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            out = self._run(block, x, ctx.at(self.first_layer[index]), before)
+            again = self.recomputes(self.letters[index]) and torch.is_grad_enabled()
+            out = _run(block, x, ctx.at(self.first_layer[index]), before, again)
             x = out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
@@ -305,10 +308,16 @@ class HybridLM(nn.Module):
         low, high = chunk_bounds(rows.shape[1], self.mesh.context_rank, self.mesh.context_size)
         return rows[:, low:high]
 
-    def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
-        return block(x, ctx=ctx, state=state)
+    def recomputes(self, letters: str) -> bool:
+        """Whether a block of these layers runs again in the backward pass."""
+        chosen = self.recompute
+        return chosen if isinstance(chosen, bool) else not {*chosen}.isdisjoint(letters)
+
+
+def _run(block: nn.Module, x: Tensor, ctx: Context, state: Any, again: bool) -> LayerOutput:
+    if again:
+        return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
+    return block(x, ctx=ctx, state=state)
 
 
 class Counting(Protocol):

@@ -219,6 +219,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             mesh=mesh,
             reduce_dtype=recipe.training.reduction,
             options=recipe.parallel.buckets,
+            placement=recipe.parallel.placement,
         )
         stack.callback(engine.close)
         store = Store(
@@ -333,7 +334,8 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
     million = parameter_count(recipe.model) / 1e6
     metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
     metrics.say(
-        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}, "
+        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}"
+        f"{recipe.parallel.placement.words(run.mesh.shard.size)}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
     if run.mesh.tensor.size > 1:

@@ -38,7 +38,7 @@ class SharedGradients:
             return
         total = torch.zeros(self.elements, device=self.mesh.device)
         for at, part in self._parts(owned):
-            total[at : at + part.numel()] += part
+            total[at : at + part.numel()] += part.to(total.device)
         dist.all_reduce(total)
         for at, part in self._parts(held):
             part.copy_(total[at : at + part.numel()])

@@ -172,6 +172,8 @@ class Stage12(Stage):
     def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
         super().__init__(engine, table, mesh, reduce_dtype)
         reduce_each_in_its_dtype(self.zero, self.reduce_dtypes)
+        if self.zero.overlap_comm and not self.zero.partition_gradients:
+            reduce_what_is_left(self.zero)
 
     def homes(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
@@ -284,10 +286,101 @@ class Stage3(Stage):
 
     def load_weights(self, fill: Fill) -> None:
         self.zero._partition_all_parameters()
+        parameters: list[Any] = list(self.names)
+        for parameter in parameters:
+            parameter.ds_secondary_tensor = None  # hpZ's copy is of the old weights
         for shard in self.trained + self.frozen:
             fill(shard.of(shard.home), shard.name, WEIGHT, shard.start)
         for group in range(len(self.homes())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)  # what is gathered may be a copy of `home`
+
+
+class Offloaded12(Stage12):
+    """ZeRO 1 and 2 with master weights, moments and summed gradients in host memory.
+
+    After the last micro-batch DeepSpeed copies a gradient into the `grad` of its partition, if that micro-batch used
+    the parameter; what earlier ones left is in a buffer a parameter, which it never clears. Its own norm and overflow
+    search, which make the host wait for each parameter, are switched off.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        self.zero.compute_grad_norm = False
+        self.zero.set_norm_for_param_grad_in_gpu = _nothing
+        self.zero.update_offload_overflow_tracker_for_param_grad = _nothing
+        self.parameters = {name: parameter for parameter, name in self.names.items()}
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        super().backward(loss, last)
+        if last:
+            self.zero._wait_for_offload_copies()
+            for shard in self.trained:
+                if (sums := self._earlier(shard)) is not None:
+                    shard.of(gradient_of(shard.home)).copy_(sums[shard.start : shard.stop])
+
+    def _earlier(self, shard: Shard) -> Tensor | None:
+        """Sums over the micro-batches of this step, flat; None for a parameter that none but the last one used."""
+        key = self.zero.get_param_id(self.parameters[shard.name])
+        return self.zero.accumulated_grads_in_cpu[key] if key in self.zero._offload_accumulated_param_ids else None
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for shard in self.trained:
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
+
+    def scale(self, factor: float) -> None:
+        torch._foreach_mul_([gradient_of(home) for home in self.homes()], factor)
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.reset_cpu_buffers()
+        self.zero._offload_accumulated_param_ids.clear()
+        kept = [gradient_of(home) for home in self.homes()] + list(self.zero.accumulated_grads_in_cpu.values())
+        torch._foreach_zero_(kept)
+
+
+class Offloaded3(Stage3):
+    """ZeRO 3 with master weights, moments and summed gradients in host memory.
+
+    The gradient that the optimizer reads is the buffer in which micro-batches add up, where DeepSpeed would copy the
+    one into the other.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        parts = self.zero.grad_partitions_flat_buffer.split([home.numel() for home in self.homes()])
+        for home, part in zip(self.homes(), parts, strict=True):
+            home.grad = part
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for shard in self.trained:
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.reset_cpu_buffers()
+
+
+def reduce_what_is_left(zero: Any) -> None:
+    """Makes ZeRO 1 with overlap sum every gradient over ranks: DeepSpeed does so when the last micro-batch reaches the
+    parameter, and forgets those that only earlier ones used."""
+    finish = zero.overlapping_partition_gradients_reduce_epilogue
+
+    def reduce_and_finish() -> None:
+        waiting = {key for bucket in zero.ipg_buckets.values() for *_, key in bucket.params}
+        for group, members in enumerate(zero.bit16_groups):
+            for parameter in members:
+                key = zero.get_param_id(parameter)
+                reduced = zero.params_already_reduced[key] or key in waiting
+                if not reduced and zero.get_gradient_for_reduction(parameter) is not None:
+                    zero.setup_buckets()
+                    zero.reduce_ready_partitions_and_remove_grads(parameter, group)
+        finish()
+
+    zero.overlapping_partition_gradients_reduce_epilogue = reduce_and_finish
+
+
+def _nothing(parameter: Tensor) -> None:
+    pass
 
 
 def reduce_each_in_its_dtype(zero: Any, dtypes: dict[nn.Parameter, torch.dtype]) -> None:

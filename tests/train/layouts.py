@@ -44,6 +44,7 @@ class Layout:
     expert: int = 1
     micro: int = 1
     recompute: bool = False
+    offload: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -181,14 +182,15 @@ def run_leg(mesh, leg: Leg) -> dict[str, Any]:
 
 
 def start_engine(mesh, config: ModelConfig, layout: Layout, precision: Precision = Precision()):
-    from train.engine import Engine, ZeroOptions
+    from train.engine import Engine, Placement, ZeroOptions
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
     model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
-    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options)
+    where = Placement(offload_optimizer=layout.offload)
+    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options, placement=where)
 
 
 def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:

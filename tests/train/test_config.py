@@ -62,6 +62,7 @@ def test_derived_numbers():
     assert training.tokens_per_step == training.rows_per_step * training.sequence_length
     assert training.precision.compute is torch.bfloat16
     assert training.precision.residual is training.reduction is torch.float32
+    assert load_recipe(TINY, ["training.checkpoint_blocks=-M"]).training.checkpoint_blocks == "-M"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,17 @@ def test_derived_numbers():
         ("training.backends.ssd=cuda", "training.backends.ssd: got 'cuda', wants auto or one of mamba_ssm, native"),
         ("training.backends.sdd=torch", "training.backends.sdd: got 'torch' for an unknown op, wants one of activ"),
         ("parallel.zero_stage=4", "parallel.zero_stage: got 4, wants one of 0, 1, 2, 3"),
+        ("parallel.offload_optimizer=1", "parallel.offload_optimizer: got 1, wants true or false"),
+        ("parallel.hpz_ranks=2", "parallel.hpz_ranks: got 2, wants none, or zero_stage 3"),
+        ("parallel.overlap=yes", "parallel.overlap: got 'yes', wants true or false or none"),
+        (
+            "training.checkpoint_blocks=MX",
+            "training.checkpoint_blocks: got 'MX', wants true, false, or some of th",
+        ),
+        (
+            'training.checkpoint_blocks=""',
+            "training.checkpoint_blocks: got '', wants true, false, or letters of th",
+        ),
         ("parallel.device=gpu", "parallel.device: got 'gpu', wants one of auto, cpu, cuda"),
         ("parallel.buckets.live=0", "parallel.buckets.live: got 0, wants a positive number of elements"),
         ("parallel.timeout_s=0", "parallel.timeout_s: got 0.0, wants a positive number of seconds"),
@@ -110,6 +122,17 @@ def test_sections_that_do_not_fit_together_are_refused():
     assert "schedule.decay_tokens: got 99999, wants at most 8192 with the 819 of warm-up" in refused(
         "schedule.decay_tokens=99999"
     )
+    assert "parallel.offload_optimizer: got True, wants false, or zero_stage 1, 2 or 3" in refused(
+        "parallel.zero_stage=0", "parallel.offload_optimizer=true"
+    )
+    assert "parallel.hpz_ranks: got 1, wants 2 or more ranks, or none" in refused(
+        "parallel.zero_stage=3", "parallel.hpz_ranks=1"
+    )
+    assert "parallel.hpz_ranks: got 2, wants none beside tensor ranks" in refused(
+        "parallel.zero_stage=3", "parallel.hpz_ranks=2", "parallel.tensor=2"
+    )
+    with pytest.raises(ConfigError, match=r"parallel\.hpz_ranks: got 3, wants a divisor of the 8 ranks: 2"):
+        load_recipe(TINY, ["parallel.zero_stage=3", "parallel.hpz_ranks=3"]).check_ranks(8)
     with pytest.raises(ConfigError, match=r"training\.rows_per_step: got 8, wants a multiple of the 3 ranks"):
         load_recipe(TINY).check_ranks(3)
 

@@ -1,7 +1,8 @@
 """A tiny model with everything that ZeRO can stumble over, and the training that every layout must reproduce.
 
 Tied embedding and head (padded rows included), direct parameters of a module, a custom autograd Function that saves a
-weight, odd sizes, recomputed blocks, a parameter that some steps do not use, a frozen parameter and a buffer.
+weight, odd sizes, recomputed blocks, a parameter that some steps or micro-batches do not use, a frozen parameter and a
+buffer.
 """
 
 import math
@@ -125,8 +126,8 @@ def micro_batches(step: int, rank: int, size: int, accumulation: int) -> list[Mi
     targets[: ROWS // 3] = -100
     valid = int((targets != -100).sum())
     mine = torch.arange(ROWS).view(accumulation, size, -1)[:, rank]
-    late = accumulation > 1 and step == 2
-    uses = [step != 3 and not (late and number == 0) for number in range(accumulation)]
+    unused = {1: accumulation - 1, 2: 0}.get(step) if accumulation > 1 else None
+    uses = [step != 3 and number != unused for number in range(accumulation)]
     return [Micro(tokens[rows], targets[rows], valid, use) for rows, use in zip(mine, uses, strict=True)]
 
 
@@ -178,7 +179,7 @@ def run_step(engine: Engine, step: int, accumulation: int, poison: bool = False)
     for number, micro in enumerate(micros):
         last = number == len(micros) - 1
         call = engine.module if number % 2 else engine  # both ways of calling the model must do
-        loss = call(micro.tokens, micro.targets, micro.rare)["nll"] / micro.valid
+        loss = call(micro.tokens.to(mesh.device), micro.targets.to(mesh.device), micro.rare)["nll"] / micro.valid
         engine.backward(loss * math.nan if poison and last and mesh.rank == mesh.size - 1 else loss, last)
 
 
