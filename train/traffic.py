@@ -26,7 +26,7 @@ from model.params import Place, Table, local_layout
 from train.collectives import Axis, halo_spans
 from train.config import Recipe
 from train.counter import Traffic
-from train.engine import ZeroOptions
+from train.engine import Placement, ZeroOptions
 from train.gathers import gathers, turns_of
 from train.parallel import Sizes, axis_ranks
 from train.shared import shared_elements
@@ -53,6 +53,7 @@ class Job:
     reduction: torch.dtype = torch.float32
     recompute: bool | str = False
     options: ZeroOptions = field(default_factory=ZeroOptions)
+    placement: Placement = field(default_factory=Placement)
 
     @staticmethod
     def of(recipe: Recipe, world: int) -> "Job":
@@ -69,6 +70,7 @@ class Job:
             reduction=training.reduction,
             recompute=training.checkpoint_blocks,
             options=parallel.buckets,
+            placement=parallel.placement,
         )
 
     @cached_property
@@ -95,8 +97,14 @@ class Job:
         }
 
     def axis(self, name: str, rank: int) -> Axis:
-        """An axis of the mesh as `rank` sees it, without a process group."""
-        ranks = tuple(range(self.world)) if name == "world" else axis_ranks(rank, self.world, self.sizes)[name]
+        """An axis of the mesh as `rank` sees it, without a process group; "hpz": the ranks that share a second copy of
+        the weights."""
+        group = self.placement.group_size(self.world)
+        if name in ("world", "hpz"):
+            first, size = (0, self.world) if name == "world" else (rank // group * group, group)
+            ranks = tuple(range(first, first + size))
+        else:
+            ranks = axis_ranks(rank, self.world, self.sizes)[name]
         return Axis(name, ranks.index(rank), len(ranks), ranks)
 
     def place(self, rank: int) -> Place:
@@ -267,7 +275,7 @@ def _weights(job: Job, rank: int) -> Sent:
     }
     yield _reduced(world, FLOAT * shared_elements(job.table, job.sizes.tensor))
     if job.zero_stage == 3:
-        yield from _zero_3(job, numel, job.axis("shard", rank), job.axis("tensor", rank))
+        yield from _zero_3(job, numel, rank)
         return
     times = job.micro_batches if job.zero_stage == 2 else 1
     for name, spec in job.table.items():
@@ -292,8 +300,8 @@ def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) ->
         yield _gathered(axes[group], FLOAT * part)
 
 
-def _zero_3(job: Job, numel: Mapping[str, int], shard: Axis, tensor: Axis) -> Sent:
-    options, table = job.options, job.table
+def _zero_3(job: Job, numel: Mapping[str, int], rank: int) -> Sent:
+    shard, hpz, options, table = job.axis("shard", rank), job.axis("hpz", rank), job.options, job.table
     kept = {name for name in table if numel[name] <= options.persistent}
     turns = turns_of(job.model, table, job.recomputed)
     found = gathers(numel, turns, kept=kept, live=options.live, prefetch=options.prefetch)
@@ -305,9 +313,11 @@ def _zero_3(job: Job, numel: Mapping[str, int], shard: Axis, tensor: Axis) -> Se
         if spec.frozen:  # layers adjust it: gathered, and given to all by the first rank
             times += 1
             yield shard.name, "broadcast", (shard.size - 1) * numel[name] * FLOAT / shard.size
-        yield _gathered(shard, times * part * FLOAT)
-    for axis in (shard, tensor):
-        yield _reduced(axis, 8 * _sub_groups(job, numel, shard))  # DeepSpeed's own norm, a number for each
+        yield _gathered(shard, (times if hpz.size == 1 else 1) * part * FLOAT)
+        yield _gathered(hpz, (times - 1) * part * shard.size / hpz.size * FLOAT)  # from the second copy
+    number = FLOAT if job.placement.offload_optimizer else 8  # DeepSpeed's own norm, one for each sub-group
+    for axis in (shard, job.axis("tensor", rank)):
+        yield _reduced(axis, number * _sub_groups(job, numel, shard))
 
 
 def _sub_groups(job: Job, numel: Mapping[str, int], shard: Axis) -> int:
