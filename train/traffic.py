@@ -4,7 +4,7 @@ holds the two together; the planner has no others.
 
 Of n ranks, a rank sends 2 (n - 1) / n of what an all_reduce sums and (n - 1) / n of what an all_gather gives or a
 reduce_scatter takes. Where ranks differ (uneven chunks, heads that do not divide) the numbers are of the rank asked
-for. ZeRO 3 counts a step from the third on, when it knows the order of the modules.
+for. They hold from the third step of a process on, when ZeRO 3 knows the order of the modules.
 
 Legend: b rows of a rank in a step, L tokens of a row that it has, D width, t tensor ranks.
 """
@@ -142,7 +142,7 @@ def control_limit(job: Job) -> float:
     return 2 * (n - 1) / n * 8 * numbers + (n - 1) * pickled
 
 
-Sent = Iterator[tuple[str, str, float]]
+Parts = Iterator[tuple[str, str, float]]
 """Axis, operation, bytes."""
 
 
@@ -163,7 +163,7 @@ def _scattered(axis: Axis, bytes_: float) -> tuple[str, str, float]:
 # ---- what passes between ranks inside the model ----
 
 
-def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> Sent:
+def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> Parts:
     tensor, context = job.axis("tensor", rank), job.axis("context", rank)
     low, high = chunk_bounds(job.sequence_length, context.rank, context.size)
     run = job.rows * -(-(high - low) // tensor.size) * job.model.d_model  # numbers that a rank has between layers
@@ -185,13 +185,13 @@ def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> S
             layer += 1
 
 
-def _enters(tensor: Axis, bytes_: float, again: bool = False) -> Sent:
+def _enters(tensor: Axis, bytes_: float, again: bool = False) -> Parts:
     """Into a layer: all tokens are gathered, forward and where it is recomputed; the gradient is scattered."""
     yield _gathered(tensor, bytes_ * (1 + again))
     yield _scattered(tensor, bytes_)
 
 
-def _leaves(tensor: Axis, bytes_: float) -> Sent:
+def _leaves(tensor: Axis, bytes_: float) -> Parts:
     """Out of a layer: what is recomputed stops before it."""
     yield _scattered(tensor, bytes_)
     yield _gathered(tensor, bytes_)
@@ -211,23 +211,23 @@ def _ways(message: Message, again: bool) -> int:
     return 1 + again + (message.dtype != "int64")
 
 
-def _sum_over_tensor(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _sum_over_tensor(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     yield _reduced(job.axis("tensor", rank), _ways(message, again) * _bytes(job, rank, message))
 
 
-def _prefix(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _prefix(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     """A decay and a state of each rank, forward; their gradients, and the decays again, backward."""
     yield _gathered(job.axis("context", rank), _ways(message, again) * _bytes(job, rank, message))
 
 
-def _gather_over_context(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _gather_over_context(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     context, bytes_ = job.axis("context", rank), _bytes(job, rank, message)
     yield _gathered(context, (1 + again) * bytes_)
     if message.dtype != "int64":
         yield _scattered(context, bytes_)
 
 
-def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     """Forward a rank sends its last tokens to the right, backward the gradient of what it had from the left."""
     context, row = job.axis("context", rank), job.sequence_length
     spans = halo_spans(context, row if message.reach is None else message.reach, row)
@@ -237,7 +237,7 @@ def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -
     yield context.name, "send", (right * (1 + again) + left) * _bytes(job, rank, message) / (high - low)
 
 
-def _at_experts(job: Job, rank: int, message: Message, again: bool, crossing: float | None) -> Sent:
+def _at_experts(job: Job, rank: int, message: Message, again: bool, crossing: float | None) -> Parts:
     """Rows to the experts and back, and the same backward; ahead of them, their counts."""
     expert = job.axis("expert", rank)
     away = (expert.size - 1) / expert.size
@@ -267,7 +267,7 @@ def local_numel(job: Job, rank: int) -> dict[str, int]:
     return {name: math.prod(local_layout(spec, *place).shape) for name, spec in job.table.items()}
 
 
-def _weights(job: Job, rank: int) -> Sent:
+def _weights(job: Job, rank: int) -> Parts:
     numel, world = local_numel(job, rank), job.axis("world", rank)
     holders = {
         name: job.axis("replica" if spec.experts and job.sizes.expert > 1 else "shard", rank)
@@ -286,7 +286,7 @@ def _weights(job: Job, rank: int) -> Sent:
         yield from _stepped(job, numel, holders)
 
 
-def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) -> Sent:
+def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) -> Parts:
     """ZeRO 1 and 2: each rank steps its part of the weights of an optimizer group, and all gather the whole of it."""
     groups: dict[tuple[bool, bool], int] = defaultdict(int)
     axes: dict[tuple[bool, bool], Axis] = {}
@@ -300,7 +300,7 @@ def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) ->
         yield _gathered(axes[group], FLOAT * part)
 
 
-def _zero_3(job: Job, numel: Mapping[str, int], rank: int) -> Sent:
+def _zero_3(job: Job, numel: Mapping[str, int], rank: int) -> Parts:
     shard, hpz, options, table = job.axis("shard", rank), job.axis("hpz", rank), job.options, job.table
     kept = {name for name in table if numel[name] <= options.persistent}
     turns = turns_of(job.model, table, job.recomputed)
@@ -336,6 +336,6 @@ def _sub_groups(job: Job, numel: Mapping[str, int], shard: Axis) -> int:
     return count
 
 
-def _norm(job: Job, rank: int) -> Sent:
+def _norm(job: Job, rank: int) -> Parts:
     """The squares of the gradient norm, weight by weight, in float64."""
     yield _reduced(job.axis("world", rank), 8 * len(job.table))
