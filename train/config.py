@@ -231,7 +231,7 @@ class Recipe:
     """Everything that decides a run.
 
     name: of the run and its folder. seed: of initial weights, data order and noise. runs: folder that holds run
-    folders.
+    folders. optimizer: AdamW, which a section without `kind` means, or Muon (`train/muon.py`).
     """
 
     name: str

@@ -39,8 +39,8 @@ def check_stage(config: OptimizerConfig, zero_stage: int) -> None:
     """Raises ValueError where the optimizer cannot step what the ZeRO stage leaves on a rank."""
     if isinstance(config, MuonConfig) and zero_stage not in ZERO_STAGES:
         raise ValueError(
-            f"parallel.zero_stage: got {zero_stage}, wants 0: optimizer.kind muon orthogonalises whole matrices, "
-            "which ZeRO 1 to 3 flatten and cut"
+            f"parallel.zero_stage: got {zero_stage}, wants {ZERO_STAGES[0]}: optimizer.kind muon orthogonalises whole "
+            "matrices, which this stage flattens and cuts"
         )
 
 
