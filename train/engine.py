@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from model.params import Table
 from train.health import GradientFragment
-from train.muon import Ranks
 from train.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -195,7 +194,7 @@ class Engine:
         groups = parameter_groups(model.named_parameters(), table, optimizer.weight_decay)
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
         assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
-        self.optimizer = build_optimizer(optimizer, groups, shard=Ranks(mesh.rank, mesh.size))
+        self.optimizer = build_optimizer(optimizer, groups, shard=mesh.shard, tensor=mesh.tensor, place=mesh.place)
         numel = sum(parameter.numel() for parameter in model.parameters())
         self.shared = SharedGradients(table, mesh)
         config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, placement, numel)

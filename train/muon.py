@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from model.params import ParamSpec, local_layout
+from model.params import ParamSpec, Place, local_layout
+from train.collectives import Axis
 from train.reading import require
 
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
@@ -37,6 +38,8 @@ MUON_STATES = ("momentum",)
 
 ZERO_STAGES = (0,)
 """The ZeRO stages under which a rank has whole matrices; the others flatten optimizer groups and cut them."""
+
+ALONE = Axis("alone", 0, 1, (0,))
 
 BATCH_ELEMENTS = 1 << 26
 """Elements that are orthogonalised, and that travel, at a time."""
@@ -90,14 +93,6 @@ class MuonConfig:
         if self.ns_dtype == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return torch.float32 if self.ns_dtype == "float32" else torch.bfloat16
-
-
-class Ranks(NamedTuple):
-    """This rank's place in a process group. group: None for that of all ranks."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
 
 
 def is_matrix(spec: ParamSpec) -> bool:
@@ -239,9 +234,9 @@ class Muon(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         config: MuonConfig,
         *,
-        shard: Ranks = Ranks(),
-        tensor: Ranks = Ranks(),
-        place: tuple[int, ...] = (0, 1),
+        shard: Axis = ALONE,
+        tensor: Axis = ALONE,
+        place: tuple[int, ...] = Place(),
     ) -> None:
         assert place[:2] == (tensor.rank, tensor.size), f"{place} is not the place of {tensor}"
         self.config, self.shard, self.tensor = config, shard, tensor

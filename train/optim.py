@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from model.params import ParamSpec, Table
-from train.muon import ADAMW_STATES, MUON_STATES, ZERO_STAGES, Muon, MuonConfig, Ranks, initial_state, is_matrix
+from model.params import ParamSpec, Place, Table
+from train.collectives import Axis
+from train.muon import ADAMW_STATES, ALONE, MUON_STATES, ZERO_STAGES, Muon, MuonConfig, initial_state, is_matrix
 from train.reading import require
 
 
@@ -85,9 +86,9 @@ def build_optimizer(
     config: OptimizerConfig,
     groups: list[dict[str, Any]],
     *,
-    shard: Ranks = Ranks(),
-    tensor: Ranks = Ranks(),
-    place: tuple[int, ...] = (0, 1),
+    shard: Axis = ALONE,
+    tensor: Axis = ALONE,
+    place: tuple[int, ...] = Place(),
 ) -> torch.optim.Optimizer:
     """The torch optimizer over `groups`; AdamW is fused where the device has a fused kernel. shard, tensor, place: the
     ranks that Muon works with."""

@@ -25,7 +25,8 @@ from tests.train.test_engine import assemble, assert_near, same_bits
 from tests.train.tiny import STEPS, learning_rate, reference, run_step, snapshot, start_engine, train_steps
 from train import muon
 from train.checkpoint.capture import restore, saved_fragments, saved_shapes
-from train.muon import Muon, MuonConfig, Ranks, deal, is_matrix, orthogonalise
+from train.collectives import Axis
+from train.muon import Muon, MuonConfig, deal, is_matrix, orthogonalise
 from train.optim import AdamWConfig, build_optimizer, parameter_groups, state_names
 
 CONFIG = MuonConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -79,7 +80,7 @@ def step_table(
     config: MuonConfig | AdamWConfig = CONFIG,
     place: tuple[int, ...] = (0, 1),
     steps: int = 4,
-    **ranks: Ranks,
+    **axes: Axis,
 ) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     """The parameters of the table as one rank holds them after some steps, and their optimizer."""
     parameters = {}
@@ -88,7 +89,7 @@ def step_table(
         initialise(parameter, name, spec, 0, *place)
         parameters[name] = nn.Parameter(parameter)
     groups = parameter_groups(parameters.items(), TABLE, config.weight_decay)
-    optimizer = build_optimizer(config, groups, place=place, **ranks)
+    optimizer = build_optimizer(config, groups, place=place, **axes)
     for step in range(steps):
         for name, parameter in parameters.items():
             parameter.grad = local(gradient(name, step), TABLE[name], place)
@@ -265,8 +266,8 @@ def step_on_ranks(tensor_size: int, shard_size: int, few: bool) -> dict[str, Any
     place = (tensor, tensor_size)
     parameters, optimizer = step_table(
         place=place,
-        tensor=Ranks(tensor, tensor_size, tensors[shard]),
-        shard=Ranks(shard, shard_size, shards[tensor]),
+        tensor=Axis("tensor", tensor, tensor_size, (), tensors[shard]),
+        shard=Axis("shard", shard, shard_size, (), shards[tensor]),
     )
     states = {name: optimizer.state[parameters[name]]["momentum"] for name, spec in TABLE.items() if is_matrix(spec)}
     dist.destroy_process_group()
