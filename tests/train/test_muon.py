@@ -21,6 +21,8 @@ from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
 from tests.ranks import run_ranks
+from tests.train import layouts
+from tests.train.layouts import Layout, run_layouts
 from tests.train.test_engine import assemble, assert_near, same_bits
 from tests.train.tiny import STEPS, learning_rate, reference, run_step, snapshot, start_engine, train_steps
 from train import muon
@@ -436,3 +438,23 @@ def test_a_braid_steps_alike_on_any_number_of_ranks():
     for name, weight in one.items():
         assert torch.equal(first[name], second[name]), name
         assert_near(first[name], weight, 1e-5, name)
+
+
+SMALL = MuonConfig(learning_rate=1e-3, weight_decay=0.1)
+LAYOUTS = {
+    2: [
+        (layouts.braid("M*-E", groups=1, kv_heads=1), Layout(tensor=2, micro=4, optimizer=SMALL)),
+    ],
+    4: [(layouts.braid("M*-E"), Layout(tensor=2, micro=4, optimizer=SMALL))],
+}
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_layouts_change_nothing(size):
+    """Heads, groups and channels that lie on other ranks belong to the same matrices."""
+    results = run_ranks(run_layouts, size, [(*case, 4) for case in LAYOUTS[size]], timeout_s=300)
+    for index, (config, layout) in enumerate(LAYOUTS[size]):
+        expected = layouts.reference(config, 4, chosen=layout.optimizer)
+        found = layouts.differences(expected, [rank[index] for rank in results])
+        wrong = {key: value for key, value in found.items() if not value <= 1e-4}
+        assert not wrong, f"{config.pattern} in {layout}: {wrong}"
