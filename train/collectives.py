@@ -149,6 +149,45 @@ class Halo(torch.autograd.Function):
         return dx, None, None, None
 
 
+def _gather_pair(axis: Axis, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`all_gather` of two tensors of one dtype, in one message."""
+    both = all_gather(axis, torch.cat([v.flatten(), w.flatten()]))
+    return both[:, : v.numel()].unflatten(1, v.shape), both[:, v.numel() :].unflatten(1, w.shape)
+
+
+class Prefix(torch.autograd.Function):
+    """What is left of the states of the chunks to the left: S_r = decay_{r-1} S_{r-1} + state_{r-1}, from S_0 = 0.
+
+    decay: broadcasts against `state` from the left. All decays and states are gathered, and each rank goes through
+    those before it. The gradient is the same scan from the right, over the gathered gradients of the S_r:
+
+        G_r = dS_{r+1} + decay_{r+1} G_{r+1}        d state_r = G_r        d decay_r = sum of G_r S_r
+
+    Kept for it are the rank's own decay and S_r, not what the others gathered, so that memory does not grow with the
+    number of ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, decay: Tensor, state: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        decays, states = _gather_pair(axis, decay, state)
+        entering = torch.zeros_like(state, memory_format=torch.contiguous_format)
+        for rank in range(axis.rank):
+            entering.mul_(decays[rank]).add_(states[rank])
+        ctx.save_for_backward(decay, entering)
+        return entering
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        decay, entering = ctx.saved_tensors
+        decays, slopes = _gather_pair(ctx.axis, decay, d)
+        slope = torch.zeros_like(entering)
+        for rank in range(ctx.axis.size - 1, ctx.axis.rank, -1):
+            slope.mul_(decays[rank]).add_(slopes[rank])
+        return (slope * entering).sum_to_size(decay.shape), slope, None
+
+
 class Enter(torch.autograd.Function):
     """`gather_tokens`, whose gradient is summed over ranks."""
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.params import Place
-from train.collectives import Axis, Enter, Gather, Halo, Leave, Total, all_gather, gather_tokens
+from train.collectives import Axis, Enter, Gather, Halo, Leave, Prefix, Total, all_gather, gather_tokens
 from train.mistakes import describe
 from train.network import choose_interface
 
@@ -125,6 +125,9 @@ class Mesh:
 
     def halo(self, x: Tensor, tokens: int, row: int) -> Tensor:
         return Halo.apply(x, self.context, tokens, row)
+
+    def prefix(self, decay: Tensor, state: Tensor) -> Tensor:
+        return Prefix.apply(decay, state, self.context)
 
     def gather_over_context(self, x: Tensor) -> Tensor:
         return Gather.apply(x, self.context) if self.context.size > 1 else x[None]

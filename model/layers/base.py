@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.context import Context
 from model.params import WHOLE, Constant, Init, Normal, ParamSpec, Place, Split, Table, Uniform
 
 VisibleKeys = Callable[[int | None], float]
@@ -113,6 +114,17 @@ def require(ok: bool, key: str, got: object, wants: str) -> None:
     """Raises ValueError naming the config key unless `ok`."""
     if not ok:
         raise ValueError(f"{key}: got {got}, wants {wants}")
+
+
+def inputs_before(x: Tensor, taps: int, ctx: Context) -> Tensor | None:
+    """The state of a convolution of x (B, T, C) with so many taps on a context rank: the inputs of the document that
+    goes on, zeros for others, (B, taps-1, C). None where the rank has whole rows."""
+    if not ctx.spread or taps == 1:
+        return None
+    left, length = ctx.before(x, taps - 1)
+    slots = left.shape[1]
+    own = torch.arange(slots, device=x.device) >= slots - length[:, None]
+    return F.pad(torch.where(own[..., None], left, 0), (0, 0, taps - 1 - slots, 0))
 
 
 def even_groups(leaders: int, units: int, place: Place) -> tuple[int, list[int] | None]:

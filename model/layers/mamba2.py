@@ -10,6 +10,8 @@ has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
 (`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
 
+On context ranks the chunk's effect on a state (`ssd_summary`) goes round before the scan.
+
 Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
 the MLP, k convolution taps.
 """
@@ -23,10 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
+from model.ops.ssd_summary import ssd_summary
 from model.params import (
     Block,
     Constant,
@@ -66,7 +79,7 @@ class Mamba2Config:
     norm_before_gate: bool = False
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -189,14 +202,15 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
         cfg = self.config
-        documents = None if ctx.documents.single and state is None else ctx.documents.index
+        alone = ctx.documents.single and state is None and not ctx.spread
+        documents = None if alone else ctx.documents.index
         *beside, z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
             xBC,
             self.conv_weight,
             self.conv_bias,
             documents=documents,
-            state=None if state is None else state.conv,
+            state=inputs_before(xBC, cfg.d_conv, ctx) if state is None else state.conv,
             activation="silu",
             return_state=ctx.carry,
         )
@@ -207,15 +221,19 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if cfg.dt_limit is not None:
             dt = dt.clamp(*cfg.dt_limit)
+        x, A = x.unflatten(-1, (-1, cfg.head_dim)), -torch.exp(self.A_log)
+        entering = None if state is None else state.ssm
+        if ctx.spread:
+            entering = ctx.mesh.prefix(*ssd_summary(x, dt, A, B, ctx.documents.index))
         y, ssm = ssd(
-            x.unflatten(-1, (-1, cfg.head_dim)),
+            x,
             dt,
-            -torch.exp(self.A_log),
+            A,
             B,
             C,
             D=self.D,
             documents=documents,
-            initial_state=None if state is None else state.ssm,
+            initial_state=entering,
             chunk=cfg.chunk,
             return_state=ctx.carry,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.context import NoiseKey
+from model.context import NoiseKey, chunk_bounds
 from model.hybrid import HybridLM, Precision, initialise_model
 from model.layers.attention import AttentionConfig
 from model.layers.mamba import MambaConfig
@@ -35,7 +35,8 @@ CLIP = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """zero: stage. micro: rows of a micro-batch. Data ranks are what the world leaves."""
+    """zero: stage. micro: rows of a micro-batch. recompute: blocks in the backward pass. Data ranks are what the world
+    leaves."""
 
     zero: int = 0
     tensor: int = 1
@@ -88,6 +89,8 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     targets = torch.randint(vocabulary, (ROWS, length), generator=generator)
     starts = torch.rand(ROWS, length, generator=generator) < 0.15
     starts[0] = False  # a document over all ranks
+    for ranks in (2, 3, 4):  # documents that begin just where a context rank's chunk does
+        starts[1, [chunk_bounds(length, rank, ranks)[0] for rank in range(ranks)]] = True
     starts[:, 0] = True
     targets[torch.rand(ROWS, length, generator=generator) < torch.arange(ROWS)[:, None] / ROWS] = -100
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
