@@ -55,7 +55,8 @@ def state_names(config: OptimizerConfig, spec: ParamSpec) -> tuple[str, ...]:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], table: Table, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters: those that decay and those that do not, empty groups left out.
+    """Optimizer groups of the trainable parameters: those that decay and those that do not, weights of experts apart
+    from others (other ranks may hold them), empty groups left out.
 
     parameters: `module.named_parameters()`. Every parameter must be in the table and the other way round.
     """
@@ -65,9 +66,11 @@ def parameter_groups(
         frozen = table[name].frozen
         assert parameter.requires_grad != frozen, f"{name}: requires_grad disagrees with the table's frozen={frozen}"
     trainable = [name for name in named if not table[name].frozen]
-    decaying = [name for name in trainable if table[name].decay]
-    others = [name for name in trainable if not table[name].decay]
-    groups = [(decaying, weight_decay), (others, 0.0)]
+    groups = [
+        ([name for name in trainable if (table[name].decay, bool(table[name].experts)) == (decays, experts)], decay)
+        for experts in (False, True)
+        for decays, decay in ((True, weight_decay), (False, 0.0))
+    ]
     members = [id(named[name]) for names, _ in groups for name in names]
     assert len(set(members)) == len(members) == len(trainable), "groups must cover every parameter exactly once"
     return [

@@ -69,6 +69,8 @@ class Run:
     validated: tuple[int, Perplexity] | None = None
     """The newest validation and its step."""
     backends: dict[str, str] | None = None
+    steps: int = 0
+    """Taken by this process."""
 
     @property
     def tokens_per_step(self) -> int:
