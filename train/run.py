@@ -286,6 +286,12 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
             f"model.{key}: got {ours[key]}, but {checkpoint.folder} was saved with {saved[key]}; "
             "wants the saved model, or another name for the run"
         )
+    saved_by = checkpoint.extra["recipe"]["optimizer"]["kind"]
+    if saved_by != recipe.optimizer.kind:
+        raise ValueError(
+            f"optimizer.kind: got {recipe.optimizer.kind}, but {checkpoint.folder} was saved with {saved_by}; wants "
+            "that, or another name for the run, with start.checkpoint and start.optimizer=false"
+        )
     stream.load_state_dict(checkpoint.extra["stream"])
     if "spikes" in checkpoint.extra:
         spikes.load_state_dict(checkpoint.extra["spikes"])

@@ -135,11 +135,11 @@ def step_traffic(job: Job, rank: int = 0, crossing: Mapping[int, float] | None =
 
 def control_limit(job: Job) -> float:
     """Bytes of `control` that a rank sends in a step, at most: numbers to write down and counts, in float64, and the
-    rows' digests as pickled objects, padded to the longest."""
+    rows' digests as Python objects, padded to the longest."""
     n, experts = job.world, sum(spec.experts for spec in job.table.values())
     numbers = REPORTED * len(job.model.stacked) + 2 * experts + REPORTED
-    pickled = 64 + (DIGEST_BYTES + 8) * job.rows + 8
-    return 2 * (n - 1) / n * 8 * numbers + (n - 1) * pickled
+    digests = 64 + (DIGEST_BYTES + 8) * job.rows + 8
+    return 2 * (n - 1) / n * 8 * numbers + (n - 1) * digests
 
 
 Parts = Iterator[tuple[str, str, float]]
