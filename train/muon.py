@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from model.params import ParamSpec, Place, local_layout
@@ -140,7 +140,7 @@ class Matrix:
     parameter. everywhere: every data-parallel rank holds it; False for an expert of some.
     """
 
-    parameter: nn.Parameter
+    parameter: Any
     shape: tuple[int, int]
     start: int
     stop: int
@@ -174,10 +174,10 @@ class Matrix:
         return torch.cat([whole.new_empty(0), *(whole[part.rows, part.columns].flatten() for part in self.parts)])
 
 
-def matrices_of(parameter: nn.Parameter, spec: ParamSpec, place: tuple[int, ...]) -> Iterator[Matrix]:
+def matrices_of(parameter: Any, spec: ParamSpec, place: tuple[int, ...]) -> Iterator[Matrix]:
     """The matrices of a parameter of which this rank, or another one of its tensor-parallel group, holds a part.
 
-    place: of this rank, as `local_layout` takes it.
+    parameter: None where shapes are all that is wanted. place: of this rank, as `local_layout` takes it.
     """
     _, size, *more = place
     held = {piece.block for rank in range(size) for piece in local_layout(spec, rank, size, *more).pieces}
@@ -205,6 +205,17 @@ def deal(costs: Sequence[int], size: int) -> list[int]:
         dealt[job] = min(range(size), key=load.__getitem__)
         load[dealt[job]] += costs[job]
     return dealt
+
+
+def workers_of(matrices: Sequence[Matrix], shard: Axis, tensor: Axis) -> list[tuple[int, int]]:
+    """For each matrix the shard and the tensor rank that orthogonalise it."""
+    workers = [(shard.rank, 0)] * len(matrices)
+    for everywhere, size in ((True, shard.size * tensor.size), (False, tensor.size)):
+        chosen = [i for i, matrix in enumerate(matrices) if matrix.everywhere == everywhere]
+        for i, worker in zip(chosen, deal([matrices[i].cost for i in chosen], size), strict=True):
+            at, part = divmod(worker, tensor.size)
+            workers[i] = (at if everywhere else shard.rank, part)
+    return workers
 
 
 def in_runs(items: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -248,21 +259,11 @@ class Muon(torch.optim.Optimizer):
             for parameter, spec in zip(group["params"], group["specs"], strict=True)
             for matrix in matrices_of(parameter, spec, place)
         ]
-        self.workers = self._deal()
+        self.workers = workers_of(self.matrices, shard, tensor)
         for group in self.param_groups:
             for parameter in group["params"]:
                 names = MUON_STATES if group["matrices"] else ADAMW_STATES
                 self.state[parameter] = initial_state(parameter, names)
-
-    def _deal(self) -> list[tuple[int, int]]:
-        """For each matrix the shard and the tensor rank that orthogonalise it."""
-        workers = [(self.shard.rank, 0)] * len(self.matrices)
-        for everywhere, size in ((True, self.shard.size * self.tensor.size), (False, self.tensor.size)):
-            chosen = [i for i, matrix in enumerate(self.matrices) if matrix.everywhere == everywhere]
-            for i, worker in zip(chosen, deal([self.matrices[i].cost for i in chosen], size), strict=True):
-                shard, tensor = divmod(worker, self.tensor.size)
-                workers[i] = (shard if everywhere else self.shard.rank, tensor)
-        return workers
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -28,6 +28,8 @@ from train.config import Recipe
 from train.counter import Traffic
 from train.engine import Placement, ZeroOptions
 from train.gathers import gathers, turns_of
+from train.muon import MuonConfig, is_matrix, matrices_of, workers_of
+from train.optim import OptimizerConfig
 from train.parallel import Sizes, axis_ranks
 from train.shared import shared_elements
 
@@ -40,7 +42,8 @@ REPORTED = 16
 @dataclass(frozen=True)
 class Job:
     """What traffic depends on. world: ranks. rows_per_step: of the global batch. recompute: of all blocks, of none, or
-    of those that hold a layer of these letters. The rest as in the recipe."""
+    of those that hold a layer of these letters. optimizer: none for one that says nothing to other ranks. device:
+    "cuda" or "cpu", on which Muon's dtype depends. The rest as in the recipe."""
 
     model: ModelConfig
     world: int
@@ -54,6 +57,8 @@ class Job:
     recompute: bool | str = False
     options: ZeroOptions = field(default_factory=ZeroOptions)
     placement: Placement = field(default_factory=Placement)
+    optimizer: OptimizerConfig | None = None
+    device: str = "cpu"
 
     @staticmethod
     def of(recipe: Recipe, world: int) -> "Job":
@@ -71,6 +76,8 @@ class Job:
             recompute=training.checkpoint_blocks,
             options=parallel.buckets,
             placement=parallel.placement,
+            optimizer=recipe.optimizer,
+            device=parallel.device if parallel.device != "auto" or not torch.cuda.is_available() else "cuda",
         )
 
     @cached_property
@@ -284,6 +291,8 @@ def _weights(job: Job, rank: int) -> Parts:
             yield _reduced(holders[name], times * numel[name] * size)
     if job.zero_stage > 0:
         yield from _stepped(job, numel, holders)
+    elif isinstance(job.optimizer, MuonConfig):
+        yield from _muon(job, job.optimizer, rank)
 
 
 def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) -> Parts:
@@ -298,6 +307,21 @@ def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) ->
     for group, elements in groups.items():
         part = -(-elements // (2 * axes[group].size)) * 2  # DeepSpeed pads to two elements a rank
         yield _gathered(axes[group], FLOAT * part)
+
+
+def _muon(job: Job, config: MuonConfig, rank: int) -> Parts:
+    """Tensor ranks put the matrices together that their shard rank orthogonalises, and give the results to each other;
+    then each shard rank has its results from the others."""
+    shard, tensor = job.axis("shard", rank), job.axis("tensor", rank)
+    specs = [spec for spec in job.table.values() if is_matrix(spec) and not spec.frozen]
+    specs.sort(key=lambda spec: (bool(spec.experts), not spec.decay))  # the order of the optimizer's groups
+    matrices = [matrix for spec in specs for matrix in matrices_of(None, spec, job.place(rank))]
+    size = config.dtype(torch.device("cuda" if job.device == "cuda" else "cpu")).itemsize
+    for matrix, (worker, _) in zip(matrices, workers_of(matrices, shard, tensor), strict=True):
+        if worker == shard.rank:
+            yield _reduced(tensor, 2 * math.prod(matrix.shape) * size)
+        if matrix.everywhere:
+            yield shard.name, "broadcast", (shard.size - 1) * matrix.numel * size / shard.size
 
 
 def _zero_3(job: Job, numel: Mapping[str, int], rank: int) -> Parts:

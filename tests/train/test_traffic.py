@@ -21,6 +21,8 @@ from train.config import Recipe
 from train.counter import SETTLED, count_traffic
 from train.engine import Engine, Placement, ZeroOptions
 from train.health import Health
+from train.muon import MuonConfig
+from train.optim import OptimizerConfig
 from train.parallel import Mesh, open_mesh
 from train.traffic import Job, control_limit, step_traffic
 
@@ -37,6 +39,7 @@ class Case:
     reduction: torch.dtype = torch.float32
     length: int = 25
     hpz: int | None = None
+    optimizer: OptimizerConfig = OPTIMIZER
 
     @property
     def placement(self) -> Placement:
@@ -56,6 +59,7 @@ class Case:
             recompute=self.recompute,
             options=self.options,
             placement=self.placement,
+            optimizer=self.optimizer,
         )
 
     def __str__(self) -> str:
@@ -76,7 +80,7 @@ def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
     engine = Engine(
         model,
         model.table(),
-        OPTIMIZER,
+        case.optimizer,
         zero_stage=stage,
         mesh=mesh,
         reduce_dtype=case.reduction,
@@ -124,6 +128,7 @@ def train_step(mesh: Mesh, engine: Engine, health: Health, case: Case, step: int
 
 
 BFLOAT16 = Precision(torch.bfloat16, torch.float32)
+MUON = MuonConfig(learning_rate=1e-3)
 SAMBA = [Case(braid("M-Wm"), Layout(context=2, micro=4), length=length) for length in (64, 256)]
 """Rows of four windows and of sixteen."""
 CASES = {
@@ -141,6 +146,7 @@ CASES = {
         Case(braid("M-[M*]mE", groups=1, kv_heads=1), Layout(tensor=2, micro=4), precision=BFLOAT16, recompute=True),
         Case(braid("M-*WmS"), Layout(context=2, micro=2)),
         Case(braid("MmWE"), Layout(context=2, zero=3, micro=4), precision=BFLOAT16, recompute=True),
+        Case(braid("M-E"), Layout(micro=4), optimizer=MUON),
         *SAMBA,
         Case(braid("M-WE"), Layout(expert=2)),
         Case(braid("ME*S"), Layout(expert=2, zero=2, micro=2), precision=BFLOAT16),
@@ -154,6 +160,8 @@ CASES = {
         Case(braid("M*WmS", groups=1, kv_heads=1), Layout(context=2, tensor=2, zero=1, micro=4)),
         Case(braid("M*-W"), Layout(context=4), length=29),
         Case(braid("M-WE"), Layout(context=2, zero=2, micro=2)),
+        Case(braid("M-*", groups=1), Layout(tensor=2), optimizer=MUON),
+        Case(braid("ME"), Layout(expert=2, tensor=2), optimizer=MUON),
         Case(braid("MES"), Layout(expert=2, zero=2)),
         Case(braid("M-E"), Layout(expert=4, zero=1)),
         Case(braid("M-E"), Layout(expert=2, tensor=2)),
