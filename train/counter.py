@@ -42,13 +42,11 @@ Traffic = dict[str, dict[str, float]]
 
 @dataclass
 class Sent:
-    """bytes: by axis and operation. calls: how many collectives."""
+    """bytes: by axis and operation."""
 
     bytes: Traffic = field(default_factory=dict)
-    calls: int = 0
 
     def add(self, axis: str, operation: str, bytes_: float) -> None:
-        self.calls += 1
         if bytes_:
             own = self.bytes.setdefault(axis, {})
             own[operation] = own.get(operation, 0.0) + bytes_
