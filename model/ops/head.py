@@ -107,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         dtype, vocab_size, wide = ctx.dtype, ctx.vocab_size, lse.dtype
         h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
+        t = t.contiguous()  # targets may be one column of wider rows
         g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         t, away = _local_targets(t, vocab_size, ctx.part)
