@@ -3,6 +3,7 @@
 Legend: B batch rows, T tokens in a row, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -129,6 +130,12 @@ class Collectives(Protocol):
         """(...) -> (context ranks, ...)."""
         ...
 
+    def at_experts(self, x: Tensor, counts: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`run(x, counts)` where the experts are. x: (n, D), rows sorted by expert. counts: (E,) int64, rows of each;
+        what they leave over of n belongs to none and gives zeros. run: takes the rows of all ranks for the experts of
+        this one, sorted by expert, then by sender, and the counts of those experts; returns a row for each row."""
+        ...
+
 
 class SingleProcess:
     """The collectives of one process: nothing to do."""
@@ -156,6 +163,9 @@ class SingleProcess:
 
     def gather_over_context(self, x: Tensor) -> Tensor:
         return x[None]
+
+    def at_experts(self, x: Tensor, counts: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return run(x, counts)
 
 
 @dataclass(frozen=True)

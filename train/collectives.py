@@ -6,6 +6,9 @@ its own use of it gave. So the gradient of a sum whose result all ranks use is t
 Legend: B batch rows, T tokens.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +31,36 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
 
+class _Spoken(threading.local):
+    axis, what = "", ""
+
+
+_SPOKEN = _Spoken()
+
+
+@contextmanager
+def speaking(axis: str, what: str = "") -> Iterator[None]:
+    """What is sent meanwhile belongs to this axis, whose ranks may also be those of another. what: a name for it,
+    instead of the operation's."""
+    before = spoken()
+    _SPOKEN.axis, _SPOKEN.what = axis, what or before[1]
+    try:
+        yield
+    finally:
+        _SPOKEN.axis, _SPOKEN.what = before
+
+
+def spoken() -> tuple[str, str]:
+    """The axis and name that this thread's messages have now; "" where nobody said."""
+    return _SPOKEN.axis, _SPOKEN.what
+
+
 def all_reduce(axis: Axis, x: Tensor) -> Tensor:
     """The sum over the ranks, in new memory."""
     total = x.clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        dist.all_reduce(total, group=axis.group)
+        with speaking(axis.name):
+            dist.all_reduce(total, group=axis.group)
     return total
 
 
@@ -41,7 +69,8 @@ def all_gather(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[None]
     out = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
@@ -50,7 +79,16 @@ def reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[0]
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    return out
+
+
+def all_to_all(axis: Axis, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """(rows, ...) -> (rows, ...): the first `sent[0]` rows go to rank 0 and so on; `received` are those from each."""
+    out = x.new_empty(sum(received), *x.shape[1:])
+    with speaking(axis.name):
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
     return out
 
 
@@ -104,8 +142,9 @@ def _deliver(axis: Axis, parcels: list[tuple[int, int, Tensor]]) -> None:
             waits.append(dist.P2POp(dist.isend, value, axis.ranks[receiver], axis.group))
         else:
             waits.append(dist.P2POp(dist.irecv, value, axis.ranks[sender], axis.group))
-    for wait in dist.batch_isend_irecv(waits) if waits else ():
-        wait.wait()
+    with speaking(axis.name):
+        for wait in dist.batch_isend_irecv(waits) if waits else ():
+            wait.wait()
 
 
 class Halo(torch.autograd.Function):
@@ -242,3 +281,47 @@ class Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         return reduce_scatter(ctx.axis, d), None
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to the ranks that they are for: (rows sent, ...) -> (rows received, ...), in the order of their senders; the
+    gradients go the way back. sent, received: rows to and from each rank; none at all is a number like any other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return all_to_all(axis, x, sent, received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        return all_to_all(ctx.axis, d, ctx.received, ctx.sent), None, None, None
+
+
+def at_experts(axis: Axis, x: Tensor, counts: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`Collectives.at_experts` over the ranks of `axis`, of which each has an equal run of the experts.
+
+    Three exchanges forward: the counts, so that every rank knows what it will receive (on a GPU the host waits for them
+    once), the rows, and what `run` made of them; backward the last two again. Only rows of an expert travel. All ranks
+    take part in all of them, whatever they have to send, and the order of every sum is fixed.
+
+    A rank sends in a step, for each MoE layer, with R the choices (k of each of its tokens, dropped ones left out) for
+    experts of other ranks and S those of other ranks for its own,
+
+        2 (R + S) D bytes(compute dtype)  +  micro-batches x 8 E (ranks - 1) / ranks        bytes,
+
+    R = S = k tokens (ranks - 1) / ranks where experts are chosen evenly; blocks that are recomputed send their forward
+    half, (R + S) D and the counts, once more.
+    """
+    own = counts.view(axis.size, -1).contiguous()  # (ranks, experts of each)
+    theirs = torch.empty_like(own)
+    with speaking(axis.name):
+        dist.all_to_all_single(theirs, own, group=axis.group)
+    sent, received = torch.stack([own, theirs]).sum(2).tolist()
+    rows = Exchange.apply(x[: sum(sent)], axis, sent, received)
+    expert = torch.arange(own.shape[1], device=x.device).repeat(axis.size)
+    order = expert.repeat_interleave(theirs.flatten(), output_size=len(rows)).argsort(stable=True)
+    y = run(rows[order], theirs.sum(0))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    y = Exchange.apply(y[back], axis, received, sent)
+    return torch.cat([y, y.new_zeros(len(x) - len(y), *y.shape[1:])]) if len(y) < len(x) else y

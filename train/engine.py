@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from model.params import Table
 from train.health import GradientFragment
-from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
+from train.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    check_stage,
+    elementwise_state,
+    initialise_state,
+    parameter_groups,
+    state_names,
+)
 from train.parallel import Mesh
 from train.reading import ConfigError, require
 from train.shared import SharedGradients
@@ -149,6 +157,46 @@ class DeepSpeedMesh:
         return self.mesh.tensor.size
 
 
+@contextmanager
+def experts_apart(
+    deepspeed: Any, model: nn.Module, table: Table, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> Iterator[None]:
+    """While DeepSpeed sets up `model` under ZeRO 0, 1 or 2: what it must see to share experts' weights, their gradients
+    and their states among the ranks that hold them (`mesh.replica`) instead of among all of ZeRO's group.
+
+    DeepSpeed 0.19.8 does so when parameters say `allreduce = False` and `group_name`, their optimizer group says
+    `moe` and `name`, its registry has process groups by that name, and the model has a layer of DeepSpeed's own MoE
+    class: without that last one it adds up the gradients of different experts and gives rank 0's weights to all. So
+    the model has such a layer, empty, until DeepSpeed has looked. Its forward pass, its gate and its checkpoints, which
+    that class would also bring, are not used, nor is its averaging of experts' norms (`compute_grad_norm` is off).
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups as registry
+
+    class Sign(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = max(spec.experts for spec in table.values())
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """The groups are there: the mesh's."""
+
+    name = f"ep_size_{mesh.expert.size}_{'-'.join(map(str, mesh.replica.ranks))}"
+    registry._EXPERT_PARALLEL_GROUP[name] = mesh.expert.group
+    registry._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.replica.group
+    for key, parameter in model.named_parameters():
+        if table[key].experts:
+            parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        if table[group["names"][0]].experts:
+            group |= {"moe": True, "name": name}
+    model.add_module("deepspeed_experts", Sign())
+    try:
+        yield
+    finally:
+        del model.deepspeed_experts
+
+
 class Engine:
     """Trains `model` under a ZeRO stage.
 
@@ -165,7 +213,7 @@ class Engine:
         self,
         model: nn.Module,
         table: Table,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         *,
         zero_stage: int,
         mesh: Mesh,
@@ -180,20 +228,22 @@ class Engine:
         placement.check(zero_stage)
         placement.check_ranks(mesh.shard.size)
         assert placement.group_size(mesh.shard.size) == 1 or mesh.tensor.size == 1, "hpZ's groups are of all ranks"
+        check_stage(optimizer, zero_stage)
         model.to(mesh.device)
-        self.mesh, self.table, self.zero_stage = mesh, table, zero_stage
+        self.mesh, self.table, self.zero_stage, self._config = mesh, table, zero_stage, optimizer
         groups = parameter_groups(model.named_parameters(), table, optimizer.weight_decay)
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
         assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
-        self.optimizer = build_optimizer(optimizer, groups)
+        self.optimizer = build_optimizer(optimizer, groups, shard=mesh.shard, tensor=mesh.tensor, place=mesh.place)
         numel = sum(parameter.numel() for parameter in model.parameters())
         self.shared = SharedGradients(table, mesh)
         config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, placement, numel)
         deepspeed = import_deepspeed(mesh.device)
         self._gather, self._groups = deepspeed.zero.GatheredParameters, deepspeed.utils.groups
-        self.deepspeed = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=config, mpu=DeepSpeedMesh(mesh)
-        )[0]
+        with experts_apart(deepspeed, model, table, self.optimizer, mesh) if mesh.expert.size > 1 else nullcontext():
+            self.deepspeed = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=config, mpu=DeepSpeedMesh(mesh)
+            )[0]
         stages = OFFLOADED if placement.offload_optimizer else STAGES
         self.stage = stages[zero_stage](self.deepspeed, table, mesh, reduce_dtype)
         for home in self.stage.homes():
@@ -237,10 +287,9 @@ class Engine:
         """Forgets the gradients of this step; weights, moments and step counter stay as they are."""
         self.stage.forget_gradients()
 
-    @property
-    def state_kinds(self) -> list[str]:
-        """Kinds of the optimizer states that a trained parameter has, one value an element."""
-        return [OPTIMIZER + key for key in elementwise_state(self.optimizer, self.stage.homes()[0])]
+    def state_kinds(self, name: str) -> list[str]:
+        """Kinds of the optimizer states that a parameter has, one value an element; none if it is frozen."""
+        return [OPTIMIZER + key for key in state_names(self._config, self.table[name])]
 
     @property
     def steps(self) -> int:
@@ -306,7 +355,8 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
     if stage > 0:  # copying gradients together pays where it overlaps; on a CPU it took half of ZeRO 1's step
         overlap = cuda if placement.overlap is None else placement.overlap
-        zero |= {"overlap_comm": overlap, "contiguous_gradients": cuda or stage > 1}
+        # Stage 1 would reduce experts' gradients over ZeRO's group if it did not copy.
+        zero |= {"overlap_comm": overlap, "contiguous_gradients": cuda or stage > 1 or mesh.expert.size > 1}
     if stage in (1, 2):
         norm = placement.offload_optimizer  # DeepSpeed wants it with offload, see `Offloaded12`
         zero |= {"allgather_bucket_size": options.gather_bucket // 2 * 2, "compute_grad_norm": norm}

@@ -34,11 +34,12 @@ def check_layout(model: ModelConfig, sizes: Sizes, *, sequence_length: int, zero
 
 def _check_kinds(model: ModelConfig, key: str, size: int) -> None:
     """A layer kind says what it can be spread over; experts are spread where there are any."""
-    able = [letter for letter, layer in model.layers.items() if key in getattr(layer, "parallel", ())]
+    stacked = {letter: model.layers[letter] for block in model.blocks for letter in block}
+    able = [letter for letter, layer in stacked.items() if key in getattr(layer, "parallel", ())]
     if key == "expert":
         require(bool(able), key, size, "1, because no layer of the model has experts")
         return
-    for letter, layer in model.layers.items():
+    for letter, layer in stacked.items():
         ok = letter in able and layer.residual == "add"
         require(ok, key, size, f"1, because layers.{letter} (kind {layer.kind!r}) cannot be spread over {key} ranks")
 

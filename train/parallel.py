@@ -23,13 +23,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.params import Place
-from train.collectives import Axis, Enter, Gather, Halo, Leave, Prefix, Total, all_gather, gather_tokens
+from train.collectives import (
+    Axis,
+    Enter,
+    Gather,
+    Halo,
+    Leave,
+    Prefix,
+    Total,
+    all_gather,
+    at_experts,
+    gather_tokens,
+    speaking,
+)
 from train.mistakes import describe
 from train.network import choose_interface
 
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
+CONTROL = "control"
+"""What ranks tell each other about a step beside its tensors: counts, losses, digests, mistakes, that one stops."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +146,26 @@ class Mesh:
     def gather_over_context(self, x: Tensor) -> Tensor:
         return Gather.apply(x, self.context) if self.context.size > 1 else x[None]
 
+    def at_experts(self, x: Tensor, counts: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return at_experts(self.expert, x, counts, run) if self.expert.size > 1 else run(x, counts)
+
     def sum_(self, x: Tensor) -> Tensor:
         """Adds up `x` over all ranks, in place; the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with speaking("world"):
+                dist.all_reduce(x)
         return x
+
+    def tell(self, x: Tensor) -> Tensor:
+        """`sum_` of what is only written down."""
+        with speaking("world", CONTROL):
+            return self.sum_(x)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Adds up `x` over the data ranks, in place."""
         if self.data.size > 1:
-            dist.all_reduce(x, group=self.data.group)
+            with speaking("data"):
+                dist.all_reduce(x, group=self.data.group)
         return x
 
     def whole_rows(self, x: Tensor, row: int) -> Tensor:
@@ -150,7 +174,8 @@ class Mesh:
 
     def sum(self, value: float) -> float:
         """Sum over all ranks in float64."""
-        return self.sum_(torch.tensor(value, dtype=torch.float64)).item()
+        with speaking("world", CONTROL):
+            return self.sum_(torch.tensor(value, dtype=torch.float64)).item()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
@@ -160,7 +185,8 @@ class Mesh:
         """The values of all ranks in rank order, on every rank."""
         values: list[T] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with speaking("world", CONTROL):
+                dist.all_gather_object(values, value)
         return values
 
     def together(self, action: Callable[[], T]) -> T:
@@ -228,9 +254,10 @@ def _make_groups(
     world: int, sizes: Sizes, backend: str | None, timeout: timedelta | None
 ) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
     """A process group for each set of ranks that is an axis of some rank: all ranks make all of them, in one order, as
-    torch wants it. A rank alone needs none, but where DeepSpeed asks for ZeRO's."""
+    torch wants it. A rank alone needs none, but where DeepSpeed asks for ZeRO's and the experts'."""
     axes = [axis_ranks(rank, world, sizes) for rank in range(world)]
-    wanted = dict.fromkeys(ranks for own in axes for name, ranks in own.items() if len(ranks) > 1 or name == "shard")
+    asked = ("shard", "replica")
+    wanted = dict.fromkeys(ranks for own in axes for name, ranks in own.items() if len(ranks) > 1 or name in asked)
     whole = tuple(range(world))
     return {
         ranks: dist.group.WORLD if ranks == whole else dist.new_group(list(ranks), timeout=timeout, backend=backend)

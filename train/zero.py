@@ -41,13 +41,15 @@ class Shard(NamedTuple):
 class Stage(ABC):
     """What `Engine` asks of a ZeRO stage.
 
-    engine: the DeepSpeed engine. reduce_dtype: of gradient sums over ranks, where the table names none. trained,
-    frozen: the shards of this rank; over all ranks each element of each parameter is in one shard.
+    engine: the DeepSpeed engine. reduce_dtype: of gradient sums over ranks, where the table names none. holders: the
+    ranks that hold the same part of a parameter and share its sums and states. trained, frozen: the shards of this
+    rank; over all ranks each element of each parameter is in one shard.
     """
 
     def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
         self.engine, self.zero, self.mesh = engine, engine.optimizer, mesh
         self.names: dict[nn.Parameter, str] = {p: name for name, p in engine.module.named_parameters()}
+        self.holders = {p: mesh.replica if table[name].experts else mesh.shard for p, name in self.names.items()}
         self.reduce_dtypes = {p: table[name].comm_dtype or reduce_dtype for p, name in self.names.items()}
         self.trained = list(self.trained_shards())
         self.frozen = list(self.frozen_shards())
@@ -73,7 +75,7 @@ class Stage(ABC):
     def forget_gradients(self) -> None: ...
 
     def frozen_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh.shard) for p, name in self.names.items() if not p.requires_grad)
+        return (even_shard(p, name, self.holders[p]) for p, name in self.names.items() if not p.requires_grad)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; after the last, gradients are summed over ranks and micro-batches."""
@@ -112,7 +114,7 @@ class Stage0(Stage):
         return [p for p in self.names if p.requires_grad]
 
     def trained_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh.shard) for p, name in self.names.items() if p.requires_grad)
+        return (even_shard(p, name, self.holders[p]) for p, name in self.names.items() if p.requires_grad)
 
     def restored(self) -> list[Shard]:
         return [Shard(self.names[p], 0, p.numel(), p, 0) for p in self.names if p.requires_grad]
@@ -126,11 +128,12 @@ class Stage0(Stage):
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.mesh.shard.size > 1:
-            for bucket in self._buckets(trained):
+        for axis in (self.mesh.shard, self.mesh.replica):
+            held = [p for p in trained if self.holders[p] is axis]
+            for bucket in self._buckets(held) if axis.size > 1 else ():
                 dtype = self.reduce_dtypes[bucket[0]]
                 flat = torch.cat([gradient_of(p).view(-1).to(dtype) for p in bucket])
-                dist.all_reduce(flat, group=self.mesh.shard.group)
+                dist.all_reduce(flat, group=axis.group)
                 for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     gradient_of(parameter).view(-1).copy_(part)
 
@@ -166,7 +169,7 @@ class Stage0(Stage):
 class Stage12(Stage):
     """Optimizer states and a master copy of the weights sharded; at stage 2 gradients too.
 
-    DeepSpeed flattens each optimizer group, pads it and cuts it into one equal partition a rank.
+    DeepSpeed flattens each optimizer group, pads it and cuts it into one equal partition for each rank that holds it.
     """
 
     def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
@@ -181,7 +184,8 @@ class Stage12(Stage):
     def trained_shards(self) -> Iterator[Shard]:
         for group in range(len(self.homes())):
             size = self.zero.partition_size[group]
-            first, last = self.mesh.shard.rank * size, (self.mesh.shard.rank + 1) * size
+            (rank,) = {self.holders[parameter].rank for parameter in self.zero.round_robin_bit16_groups[group]}
+            first, last = rank * size, (rank + 1) * size
             members = zip(
                 self.zero.round_robin_bit16_groups[group], self.zero.round_robin_bit16_offsets[group], strict=True
             )

@@ -23,6 +23,7 @@ from model.context import Context, LayerOutput
 from model.layers.base import (
     Costs,
     Dims,
+    Message,
     Projection,
     VisibleKeys,
     even_groups,
@@ -139,6 +140,16 @@ class AttentionConfig:
             saved_float32=H + (H + K if self.qk_norm else 0),
             state_bytes=2 * 2 * cached * K * P + 2 * (taps - 1) * convolved,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        rows = local_rows(self.table(dims)["qkv.weight"], dims.place)
+        messages = []
+        if self.qkv_conv is not None:
+            messages.append(Message("halo", sum(rows.values()), reach=self.qkv_conv - 1))
+        if self.window != 1:
+            reach = None if self.window is None else self.window - 1
+            messages.append(Message("halo", rows["k"] + rows["v"], reach=reach))
+        return messages
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Attention(self, dims, device)

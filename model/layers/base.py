@@ -6,7 +6,7 @@ Legend: B batch rows, T tokens, D width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +63,29 @@ class Costs:
         return self.saved_compute * compute_bytes + self.saved_float32 * 4
 
 
+@dataclass(frozen=True)
+class Message:
+    """One thing that a layer asks of the `Collectives` in a forward pass; its gradient goes the same way back. What
+    that weighs on the wire is the mesh's to say.
+
+    ask: the method of `Collectives`. elements: numbers for each token, row or micro-batch of the rank, as `per` says.
+    reach: tokens of a halo, to which `elements` belong. dtype: of the numbers; integers have no gradient. ahead: int64
+    numbers of each micro-batch that go ahead, without a gradient.
+    """
+
+    ask: Literal["sum_over_tensor", "halo", "gather_over_context", "prefix", "at_experts"]
+    elements: float
+    per: Literal["token", "row", "batch"] = "token"
+    reach: int | None = None
+    dtype: Literal["compute", "float32", "int64"] = "compute"
+    ahead: int = 0
+
+
 class LayerKind(Protocol):
     """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong. Its
     class may say `parallel`: over which ranks, of "tensor", "context" and "expert", a layer of it may be spread besides
-    data-parallel ones; where it does not, over none."""
+    data-parallel ones; where it does not, over none. A kind whose layers ask anything of the other ranks declares it:
+    `messages(dims)`, a list of `Message` for the rank that `dims.place` names."""
 
     residual: ClassVar[str]
 

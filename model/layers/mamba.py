@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, inputs_before, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import rms_norm, swiglu
 from model.ops.selective_scan import scan_summary, selective_scan
@@ -32,6 +42,7 @@ from model.params import (
     Table,
     Uniform,
     allocate_table,
+    local_rows,
     split_evenly,
 )
 
@@ -132,6 +143,14 @@ class MambaConfig:
             saved_float32=inner + inner * N / (self.chunk or TOKENS_PER_SAVED_STATE),
             state_bytes=2 * (self.d_conv - 1) * inner + 4 * inner * N,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        inner = local_rows(self.table(dims)["in_proj.weight"], dims.place)["x"]
+        return [
+            Message("halo", inner, reach=self.d_conv - 1),
+            Message("sum_over_tensor", self.rank(dims.d_model) + 2 * self.d_state),
+            Message("prefix", 2 * inner * self.d_state, per="row", dtype="float32"),  # a decay for each number
+        ]
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba(self, dims, device)

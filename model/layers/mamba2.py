@@ -28,6 +28,7 @@ from model.context import Context, LayerOutput
 from model.layers.base import (
     Costs,
     Dims,
+    Message,
     Projection,
     VisibleKeys,
     even_groups,
@@ -161,6 +162,21 @@ class Mamba2Config:
             state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
         )
 
+    def spreads_norm(self, d_model: int, ranks: int) -> bool:
+        """Whether a group of the norm lies on several tensor ranks."""
+        heads = self.n_heads(d_model)
+        return self.norm and any(heads * rank // ranks % (heads // self.n_groups) for rank in range(ranks))
+
+    def messages(self, dims: Dims) -> list[Message]:
+        rows = local_rows(self.table(dims)["in_proj.weight"], dims.place)
+        messages = [
+            Message("halo", rows["x"] + rows["B"] + rows["C"], reach=self.d_conv - 1),
+            Message("prefix", rows["dt"] * (self.head_dim * self.d_state + 1), per="row", dtype="float32"),
+        ]
+        if self.spreads_norm(dims.d_model, dims.place.size):
+            messages.append(Message("sum_over_tensor", self.n_groups, dtype="float32"))
+        return messages
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba2(self, dims, device)
 
@@ -192,8 +208,8 @@ class Mamba2(nn.Module):
         self.groups, self.group_of = even_groups(H, G, place)
         # Of each head, where a group of the norm lies on several tensor ranks.
         first = H * place.rank // place.size
-        cut = any(H * rank // place.size % (H // G) for rank in range(place.size))
-        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if cut else None
+        spread = config.spreads_norm(dims.d_model, place.size)
+        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if spread else None
         self.in_proj, self.out_proj = Projection(), Projection()
         self.mlp_out = Projection() if beside else None
         self.register_parameter("conv_bias", None)

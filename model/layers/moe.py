@@ -20,15 +20,15 @@ Legend: B batch rows, T tokens, n = B T, D width, E experts, k choices a token, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, require
+from model.context import Collectives, Context, LayerOutput
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, require
 from model.layers.mlp import Activation, MLPConfig, activate
 from model.ops.grouped import grouped_matmul
 from model.ops.norm import swiglu
@@ -61,7 +61,7 @@ class MoEConfig:
     route_scale: float = 1.0
     kind: Literal["moe"] = "moe"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context", "expert")
     routed: ClassVar[bool] = True
 
     def check(self, d_model: int) -> None:
@@ -96,12 +96,13 @@ class MoEConfig:
         ups = tuple(Block(f"{name} {e}", hidden, rows) for e in range(E) for name in names)
         table = {
             "router.weight": ParamSpec((E, D), dims.matrix(D), comm_dtype=torch.float32),
-            "up.weight": ParamSpec((len(ups) * hidden, D), dims.matrix(D), blocks=ups, used=used),
+            "up.weight": ParamSpec((len(ups) * hidden, D), dims.matrix(D), blocks=ups, used=used, experts=E),
             "down.weight": ParamSpec(
                 (E * D, hidden),
                 dims.matrix(hidden, output=True),
                 blocks=tuple(Block(f"down {e}", D, columns) for e in range(E)),
                 used=used,
+                experts=E,
             ),
         }
         if self.bias_rate:
@@ -119,6 +120,16 @@ class MoEConfig:
             saved_float32=D + 2 * self.n_experts,
             state_bytes=0,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        E, per_row = self.n_experts, self.scope == "row"
+        messages = [Message("at_experts", self.top_k * dims.d_model, ahead=E)]  # where none is dropped
+        if self.balance_weight:
+            messages.append(Message("gather_over_context", E, per="row" if per_row else "batch", dtype="int64"))
+        if self.capacity_factor is not None:
+            running = Message("prefix", E + 1) if per_row else Message("gather_over_context", E)
+            messages.append(replace(running, per="row", dtype="int64"))
+        return messages
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return MoE(self, dims, device)
@@ -145,7 +156,7 @@ class MoE(nn.Module):
         if cfg.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         kept = self._kept(chosen.view(B, T, -1), ctx)
-        y = self._experts(flat, weights * cfg.route_scale, chosen, kept).view(B, T, D)
+        y = self._experts(flat, weights * cfg.route_scale, chosen, kept, ctx.mesh).view(B, T, D)
         if self.shared is not None:
             y = y + self.shared(x, ctx).y
         load = F.one_hot(chosen, cfg.n_experts).sum(1)  # (n, E)
@@ -171,24 +182,29 @@ class MoE(nn.Module):
         place = (before * own).sum(-1)  # 1 for the first choice of its expert
         return (place <= limit).view(B * T, k)
 
-    def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
-        """Sum of the weighted outputs of the chosen experts: rows sorted by expert, two grouped matmuls, rows put back
-        where they came from. Sorting is stable and nothing is added in any order, so results are deterministic."""
+    def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor, kept: Tensor | None, mesh: Collectives) -> Tensor:
+        """Sum of the weighted outputs of the chosen experts: rows sorted by expert, transformed on the rank that has
+        theirs, put back where they came from. Sorting is stable and nothing is added in any order, so results are
+        deterministic."""
         cfg, (n, k) = self.config, chosen.shape
         expert = chosen.flatten()
         if kept is not None:
             expert = torch.where(kept.flatten(), expert, cfg.n_experts)  # the dropped lie at the end, in no group
         order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=cfg.n_experts + 1)[: cfg.n_experts]
-        h = self.up(x[order // k], counts, cfg.n_experts)
+        out = mesh.at_experts(x[order // k], counts, self._transform)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
+        return (out[back].view(n, k, -1) * weights[..., None].to(out.dtype)).sum(1)
+
+    def _transform(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The experts of this rank, each on its rows: x (n, D) sorted by expert, counts (experts held,)."""
+        cfg, h = self.config, self.up(x, counts)
         if cfg.gated:
             gate, up = h.chunk(2, dim=-1)
             h = swiglu(gate, up) if cfg.activation == "silu" else activate(cfg.activation, gate) * up
         else:
             h = activate(cfg.activation, h)
-        out = self.down(h, counts, cfg.n_experts)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
-        return (out[back].view(n, k, -1) * weights[..., None].to(out.dtype)).sum(1)
+        return self.down(h, counts)
 
     def _losses(self, logits: Tensor, scores: Tensor, load: Tensor, ctx: Context) -> dict[str, Tensor]:
         """Per token of the micro-batch, summed over its tokens. Context ranks have the f of whole rows, and of P what
@@ -225,8 +241,8 @@ class MoE(nn.Module):
 class Experts(Projection):
     """A projection per expert, called as a module so that ZeRO-3 can gather its weight (E O, I)."""
 
-    def forward(self, x: Tensor, counts: Tensor, experts: int) -> Tensor:  # type: ignore[override]
-        return grouped_matmul(x, self.weight.to(x.dtype).unflatten(0, (experts, -1)), counts)
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        return grouped_matmul(x, self.weight.to(x.dtype).unflatten(0, (len(counts), -1)), counts)
 
 
 def _count_in_documents(own: Tensor, index: Tensor, ctx: Context) -> Tensor:

@@ -5,7 +5,7 @@ takes longer than training. `reference` is the same training without engine, mes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from model.layers.moe import MoEConfig
 from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
-from train.optim import AdamWConfig, build_optimizer, parameter_groups
+from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
 from train.parallel import Sizes
 
 OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1)
@@ -35,8 +35,7 @@ CLIP = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """zero: stage. micro: rows of a micro-batch. recompute: blocks in the backward pass. Data ranks are what the world
-    leaves."""
+    """zero: stage. micro: rows of a micro-batch. Data ranks are what the world leaves."""
 
     zero: int = 0
     tensor: int = 1
@@ -45,6 +44,7 @@ class Layout:
     micro: int = 1
     recompute: bool = False
     offload: bool = False
+    optimizer: OptimizerConfig = OPTIMIZER
 
     @property
     def sizes(self) -> Sizes:
@@ -95,12 +95,25 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
 
 
-def reference(config: ModelConfig, steps: int, precision: Precision = Precision(), micro: int = ROWS) -> list[dict]:
-    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step."""
+def unchanged(model: HybridLM) -> None:
+    """The initial weights as they are drawn."""
+
+
+def reference(
+    config: ModelConfig,
+    steps: int,
+    precision: Precision = Precision(),
+    micro: int = ROWS,
+    chosen: OptimizerConfig = OPTIMIZER,
+    prepare: Callable[[HybridLM], None] = unchanged,
+) -> list[dict]:
+    """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step. prepare:
+    changes initial weights."""
     model = HybridLM(config, precision)
     initialise_model(model, seed=0)
+    prepare(model)
     initial = {name: p.detach()[: model.table()[name].shape[0]].clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), model.table(), 0.1))
+    optimizer = build_optimizer(chosen, parameter_groups(model.named_parameters(), model.table(), 0.1))
     record = []
     for step in range(steps):
         batch, loss, counts = global_batch(step), 0.0, {}
@@ -181,16 +194,25 @@ def run_leg(mesh, leg: Leg) -> dict[str, Any]:
     return {"fragments": fragments, "steps": leg.last}
 
 
-def start_engine(mesh, config: ModelConfig, layout: Layout, precision: Precision = Precision()):
+def start_engine(
+    mesh,
+    config: ModelConfig,
+    layout: Layout,
+    precision: Precision = Precision(),
+    prepare: Callable[[HybridLM], None] = unchanged,
+):
     from train.engine import Engine, Placement, ZeroOptions
     from train.layout import check_layout
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
     model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
+    prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
     where = Placement(offload_optimizer=layout.offload)
-    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options, placement=where)
+    return Engine(
+        model, model.table(), layout.optimizer, zero_stage=layout.zero, mesh=mesh, options=options, placement=where
+    )
 
 
 def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
@@ -230,13 +252,20 @@ def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
     gradients = logical(engine, engine.gradients())
     norm = Health(engine.table, mesh, max_skipped=1).norm(engine)
     assert math.isfinite(norm)
-    engine.apply(OPTIMIZER.learning_rate, clip_coefficient(norm, CLIP))
+    engine.apply(layout.optimizer.learning_rate, clip_coefficient(norm, CLIP))
     engine.add(model.adjustments(counts))
     return {"loss": mesh.sum(loss if mesh.tells_tokens else 0.0), "norm": norm, "gradients": gradients}
 
 
-def train_layout(mesh, config: ModelConfig, layout: Layout, steps: int, precision: Precision) -> list[dict]:
-    engine = start_engine(mesh, config, layout, precision)
+def train_layout(
+    mesh,
+    config: ModelConfig,
+    layout: Layout,
+    steps: int,
+    precision: Precision,
+    prepare: Callable[[HybridLM], None] = unchanged,
+) -> list[dict]:
+    engine = start_engine(mesh, config, layout, precision, prepare)
     initial = owned_weights(engine)
     record = [train_one(engine, layout, step) | {"weights": owned_weights(engine)} for step in range(steps)]
     record[0]["initial"] = initial
