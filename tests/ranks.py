@@ -37,14 +37,17 @@ def _rank_main(
     pipe.recv()  # tensors are shared with the parent: stay until it has them
 
 
-def run_ranks(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
-    """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order.
+def run_ranks(
+    work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120, cuda: bool = False
+) -> list[Any]:
+    """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order. cuda:
+    they see the GPUs of this machine.
 
     Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
     """
     context = multiprocessing.get_context("spawn")
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    shared |= {"OMP_NUM_THREADS": "1"} if cuda else {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ranks, pipes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()

@@ -6,18 +6,20 @@ Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import Backend, choose, declare
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
 from model.ops.native import NATIVE_DTYPES, native_ready, run_native
 
 declare(
     "head",
+    Backend("triton", frozenset(), HALVES | {torch.float32}, module="triton", device="cuda", capability=(8, 0)),
     Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
     Backend("torch", frozenset()),
 )
@@ -65,13 +67,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
-        fast = choose("head", dtype=dtype, device=h.device).name == "native"
+        fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
         for rows, raw, logits in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
-            if logits is None:
-                run_native("log_sum_exp", dtype, raw, lse[rows], *raw.shape)
+            if fast is not None:
+                fast.log_sum_exp(raw, lse[rows])
             else:
+                assert logits is not None
                 top = logits.copy_(raw).amax(-1, keepdim=True)
                 total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
                 lse[rows] = total.log_().add_(top).squeeze(1)
@@ -95,9 +98,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part = torch.empty_like(w)
         for rows, raw, d in _chunks(len(t), w, wide, ctx.fast):
             torch.mm(h[rows], w.t(), out=raw)
-            if d is None:
-                run_native("softmax_slope", dtype, raw, lse[rows], share[rows], g[rows], t[rows], *raw.shape)
+            if ctx.fast is not None:
+                ctx.fast.softmax_slope(raw, lse[rows], share[rows], g[rows], t[rows])
             else:
+                assert d is not None
                 exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
                 d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
                 raw.copy_(d)
@@ -106,7 +110,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dw.to(weight.dtype), None, None, None, None
 
 
-def _chunks(n: int, w: Tensor, wide: torch.dtype, fast: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+class _Softmax(Protocol):
+    """Works on rows of logits in the matmul's dtype."""
+
+    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None: ...
+
+    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None: ...
+
+
+class _NativeSoftmax:
+    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
+        run_native("log_sum_exp", logits.dtype, logits, out, *logits.shape)
+
+    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        run_native("softmax_slope", logits.dtype, logits, lse, share, own, target, *logits.shape)
+
+
+def _softmax(name: str) -> _Softmax | None:
+    """None: in plain torch, on a copy of the logits in float32."""
+    if name == "triton":
+        from model.ops import head_triton
+
+        return head_triton
+    return _NativeSoftmax() if name == "native" else None
+
+
+def _chunks(
+    n: int, w: Tensor, wide: torch.dtype, fast: _Softmax | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Rows of tokens with room for their logits, in the matmul's dtype and, unless the softmax is `fast` and takes
     those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the
     work on it."""

@@ -178,7 +178,8 @@ def run_step(engine: Engine, step: int, accumulation: int, poison: bool = False)
     for number, micro in enumerate(micros):
         last = number == len(micros) - 1
         call = engine.module if number % 2 else engine  # both ways of calling the model must do
-        loss = call(micro.tokens, micro.targets, micro.rare)["nll"] / micro.valid
+        tokens, targets = micro.tokens.to(mesh.device), micro.targets.to(mesh.device)
+        loss = call(tokens, targets, micro.rare)["nll"] / micro.valid
         engine.backward(loss * math.nan if poison and last and mesh.rank == mesh.size - 1 else loss, last)
 
 

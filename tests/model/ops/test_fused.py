@@ -59,7 +59,9 @@ def flash(q, k, v, *bounds, **options) -> Tensor:
 def scan_kernel(x, dt, A, B, C, chunk, *, D, initial_states, seq_idx, dt_softplus, return_final_states):
     assert x.dtype == B.dtype == C.dtype and x.shape[-1] <= 256
     assert chunk in (16, 32, 64, 128, 256)
-    return ssd(x, dt, A, B, C, D=D, documents=seq_idx, initial_state=initial_states, return_state=True, backend="torch")
+    given = {"D": D, "documents": seq_idx, "initial_state": initial_states}
+    y, state = ssd(x, dt, A, B, C, **given, return_state=True, backend="torch")
+    return (y, state) if return_final_states else y
 
 
 def conv(B: int = 2, T: int = 6, C: int = 8, k: int = 4, dtype=HALF, **kwargs) -> Tensor:

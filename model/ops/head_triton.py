@@ -1,0 +1,50 @@
+"""The softmax of the head as Triton kernels over rows of logits, in place: each logit read once forward and read and
+written once backward. All is float32 inside.
+
+Legend: n tokens, V vocabulary; a program takes one token, W logits at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # logits at a time
+
+
+@triton.jit
+def _log_sum_exp(logits, lse, V, row, W: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    top = tl.full((W,), float("-inf"), tl.float32)
+    total = tl.zeros((W,), tl.float32)
+    for start in range(0, V, W):
+        c = start + tl.arange(0, W)
+        v = tl.load(logits + i * row + c, mask=c < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, v)
+        # A lane that has seen no logit yet has -inf for both, whose difference is no number.
+        total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(v - higher))
+        top = higher
+    best = tl.max(top, 0)
+    tl.store(lse + i, best + tl.log(tl.sum(total * tl.exp(top - best), 0)))
+
+
+@triton.jit
+def _softmax_slope(logits, lse, share, own, target, V, row, W: tl.constexpr):
+    i, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * W + tl.arange(0, W)
+    at, by, back, aim = tl.load(lse + i), tl.load(share + i), tl.load(own + i), tl.load(target + i)
+    v = tl.load(logits + i * row + c, mask=c < V, other=float("-inf")).to(tl.float32)
+    d = by * tl.exp(v - at) - tl.where(c == tl.maximum(aim, 0), back, 0.0)
+    tl.store(logits + i * row + c, d.to(logits.dtype.element_ty), mask=c < V)
+
+
+def log_sum_exp(logits: Tensor, out: Tensor) -> None:
+    """logits: (n, V). out: (n,) float32."""
+    with torch.cuda.device_of(logits):
+        _log_sum_exp[(len(logits),)](logits, out, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
+
+
+def softmax_slope(logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+    """logits (n, V) become share softmax(logits), less `own` at the target; lse, share, own (n,) float32."""
+    with torch.cuda.device_of(logits):
+        grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
+        _softmax_slope[grid](logits, lse, share, own, target, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
