@@ -110,12 +110,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dw.to(weight.dtype), None, None, None, None
 
 
-class _Softmax(Protocol):
-    """Works on rows of logits in the matmul's dtype."""
+class Softmax(Protocol):
+    """Works on rows of logits (n, V) in the matmul's dtype."""
 
-    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None: ...
+    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
+        """Into out, (n,) float32."""
 
-    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None: ...
+    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        """The logits become share softmax(logits), less `own` at the target; lse, share and own (n,) float32."""
 
 
 class _NativeSoftmax:
@@ -126,17 +128,17 @@ class _NativeSoftmax:
         run_native("softmax_slope", logits.dtype, logits, lse, share, own, target, *logits.shape)
 
 
-def _softmax(name: str) -> _Softmax | None:
+def _softmax(name: str) -> Softmax | None:
     """None: in plain torch, on a copy of the logits in float32."""
     if name == "triton":
-        from model.ops import head_triton
+        from model.ops.head_triton import TritonSoftmax
 
-        return head_triton
+        return TritonSoftmax()
     return _NativeSoftmax() if name == "native" else None
 
 
 def _chunks(
-    n: int, w: Tensor, wide: torch.dtype, fast: _Softmax | None
+    n: int, w: Tensor, wide: torch.dtype, fast: Softmax | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Rows of tokens with room for their logits, in the matmul's dtype and, unless the softmax is `fast` and takes
     those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the

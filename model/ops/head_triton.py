@@ -37,14 +37,16 @@ def _softmax_slope(logits, lse, share, own, target, V, row, W: tl.constexpr):
     tl.store(logits + i * row + c, d.to(logits.dtype.element_ty), mask=c < V)
 
 
-def log_sum_exp(logits: Tensor, out: Tensor) -> None:
-    """logits: (n, V). out: (n,) float32."""
-    with torch.cuda.device_of(logits):
-        _log_sum_exp[(len(logits),)](logits, out, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
+class TritonSoftmax:
+    """Rows of logits (n, V), as `model.ops.head.Softmax` wants them."""
 
+    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
+        with torch.cuda.device_of(logits):
+            grid = (len(logits),)
+            _log_sum_exp[grid](logits, out, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
 
-def softmax_slope(logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
-    """logits (n, V) become share softmax(logits), less `own` at the target; lse, share, own (n,) float32."""
-    with torch.cuda.device_of(logits):
-        grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
-        _softmax_slope[grid](logits, lse, share, own, target, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
+    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        with torch.cuda.device_of(logits):
+            (n, V), row = logits.shape, logits.stride(0)
+            grid = (n, triton.cdiv(V, BLOCK))
+            _softmax_slope[grid](logits, lse, share, own, target, V, row, W=BLOCK, num_warps=8)

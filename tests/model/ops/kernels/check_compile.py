@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from model.ops import head_triton
 from model.ops.conv_triton import causal_conv_triton
+from model.ops.head_triton import TritonSoftmax
 from model.ops.norm_triton import TritonNorm, TritonReLU2, TritonSwiGLU
 from model.ops.selective_scan_triton import selective_scan_triton
 
@@ -90,8 +90,8 @@ def rows(dtype: torch.dtype, full: bool, width: int = 4096, sizes: tuple[int, in
 
 def head(dtype: torch.dtype, full: bool, vocabulary: int = 50277, tokens: int = 128) -> None:
     logits, numbers = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens)
-    head_triton.log_sum_exp(logits, numbers)
-    head_triton.softmax_slope(logits, numbers, numbers, numbers, torch.zeros(tokens, dtype=torch.int64))
+    TritonSoftmax().log_sum_exp(logits, numbers)
+    TritonSoftmax().softmax_slope(logits, numbers, numbers, numbers, torch.zeros(tokens, dtype=torch.int64))
 
 
 def compiles(launches: list[Launch], capability: int, names: set[str]) -> None:

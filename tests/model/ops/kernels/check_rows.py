@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.ops import head_triton, norm_triton
 from model.ops.head import IGNORE, linear_cross_entropy_reference
+from model.ops.head_triton import TritonSoftmax
 from model.ops.norm import rms_norm_reference
 from model.ops.norm_triton import TritonNorm, TritonReLU2, TritonSwiGLU
 from tests.model.ops.kernels import DEVICE
@@ -95,13 +96,13 @@ def test_softmax_of_the_head(dtype, within):
     logits = (3 * leaf(n, V)).detach().to(DEVICE, dtype)
     target = torch.tensor([0, 36, IGNORE, 17, 16], device=DEVICE)
     lse = torch.empty(n, device=DEVICE)
-    head_triton.log_sum_exp(logits, lse)
+    TritonSoftmax().log_sum_exp(logits, lse)
     exact = logits.double().requires_grad_()
     assert (lse.double() - exact.logsumexp(-1)).abs().max() <= 1e-5
     own = torch.tensor([1.0, 0.5, 0.0, -2.0, 1.0], device=DEVICE)
     nll = linear_cross_entropy_reference(exact[None], torch.eye(V, device=DEVICE).double(), target[None], V)[0]
     (want,) = torch.autograd.grad((nll * own.double()).sum(), exact)
-    head_triton.softmax_slope(logits, lse, own, own, target)
+    TritonSoftmax().softmax_slope(logits, lse, own, own, target)
     assert (logits.double() - want).abs().max() <= within
 
 
