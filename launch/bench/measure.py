@@ -2,7 +2,7 @@
 
 A round is one reading of ours, then one of the peer's, while the other process waits; so what else the machine does
 meets both, and the ratio is steadier than either number. On a GPU, whose memory may not hold both models and which
-nobody shares, one side runs after the other.
+nobody shares, one side runs after the other, and a side that several rows have is measured once.
 """
 
 import json
@@ -146,17 +146,20 @@ class Result:
         }
 
 
-def measure(row: Row, rounds: int, quick: bool, say: Say) -> Result:
+def measure(row: Row, rounds: int, quick: bool, say: Say, known: dict[Measure, list[Reading]] | None = None) -> Result:
     """Both sides of a row, or ours alone where the peer is not installed. Raises SideFailed.
 
-    rounds: readings of each side that count. quick: what the sides make of it is theirs. say: hears of progress.
+    rounds: readings of each side that count. quick: what the sides make of it is theirs. say: hears of progress. known:
+    readings of sides on a GPU, of the rows before, to which this row's are added.
     """
+    known = {} if known is None else known
     sides = {OURS: row.ours} | ({} if row.missing else {row.peer_name: row.peer})
-    groups = [{name: side} for name, side in sides.items()] if row.cuda else [sides]
-    readings: dict[str, list[Reading]] = {}
-    for group in groups:
-        readings |= _turns(row, group, rounds, quick, say)
-    return _result(row, readings)
+    if not row.cuda:
+        return _result(row, _turns(row, sides, rounds, quick, say))
+    for name, side in sides.items():
+        if side not in known:
+            known[side] = _turns(row, {name: side}, rounds, quick, say)[name]
+    return _result(row, {name: known[side] for name, side in sides.items()})
 
 
 def _turns(row: Row, sides: Mapping[str, Measure], rounds: int, quick: bool, say: Say) -> dict[str, list[Reading]]:

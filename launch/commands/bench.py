@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from launch.bench.row import Row
+from launch.bench.row import Measure, Reading, Row
 
 ROUNDS, QUICK_ROUNDS = 7, 2
 
@@ -60,9 +60,10 @@ def measure_rows(rows: list[Row], rounds: int, quick: bool, as_json: bool) -> in
 
     here = machine.describe(environment())
     results, failed = [], False
+    known: dict[Measure, list[Reading]] = {}
     for row in rows:
         try:
-            results.append(measure(row, rounds, quick, _say))
+            results.append(measure(row, rounds, quick, _say, known))
         except SideFailed as error:
             failed = True
             print(f"braid: error: {row.name}: {error}", file=sys.stderr)

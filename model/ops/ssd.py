@@ -73,7 +73,7 @@ def ssd(
     if name in ("reference", prefer):
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
-        return _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128, return_state)
+        return _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 256, return_state)
     elif name == "native":
         y, state = ssd_native(x, dt, A, B, C, D, documents, initial_state, chunk)
     else:

@@ -14,10 +14,9 @@ ROOT = Path(__file__).parents[2]
 def environment(cuda: bool = False) -> dict[str, str]:
     """One thread a rank, no GPU unless asked for, nothing inherited from an outer launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE"))}
-    if cuda:
-        paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
-        return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    hidden = {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | hidden
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:

@@ -34,6 +34,7 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f
 def nothing_requested(monkeypatch):
     monkeypatch.setattr(backends, "_requested", {})
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_decided", {})
 
 
 def compare(
