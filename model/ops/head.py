@@ -26,6 +26,7 @@ declare(
 
 IGNORE = -100
 CHUNK = 2**22  # logits at a time on a CPU: 16 MiB in float32
+TILE = 128  # tokens: matmuls take whole tiles of them
 
 
 def linear_cross_entropy(
@@ -64,15 +65,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float):
         wide = wide_dtype(dtype)
-        h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
+        h, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), targets.flatten()
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
+        w = _multiplied(weight, vocab_size, fast).to(dtype)
         for rows, raw, logits in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
             if fast is not None:
-                fast.log_sum_exp(raw, lse[rows])
+                fast.log_sum_exp(raw, vocab_size, lse[rows])
             else:
                 assert logits is not None
                 top = logits.copy_(raw).amax(-1, keepdim=True)
@@ -89,42 +91,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_nll):
         hidden, weight, targets, lse = ctx.saved_tensors
-        dtype, vocab_size, wide = ctx.dtype, ctx.vocab_size, lse.dtype
-        h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
+        dtype, vocab_size, wide, fast = ctx.dtype, ctx.vocab_size, lse.dtype, ctx.fast
+        h, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), targets.flatten()
+        w = _multiplied(weight, vocab_size, fast).to(dtype)
         g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
         part = torch.empty_like(w)
-        for rows, raw, d in _chunks(len(t), w, wide, ctx.fast):
+        for rows, raw, d in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
-            if ctx.fast is not None:
-                ctx.fast.softmax_slope(raw, lse[rows], share[rows], g[rows], t[rows])
+            if fast is not None:
+                fast.softmax_slope(raw, vocab_size, lse[rows], share[rows], g[rows], t[rows])
             else:
                 assert d is not None
                 exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
                 d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
                 raw.copy_(d)
             dh.view(-1, dh.shape[-1])[rows] = raw @ w
-            dw[:vocab_size] += torch.mm(raw.t(), h[rows], out=part)
+            dw[: len(w)] += torch.mm(raw.t(), h[rows], out=part)
         return dh, dw.to(weight.dtype), None, None, None, None
 
 
 class Softmax(Protocol):
-    """Works on rows of logits (n, V) in the matmul's dtype."""
+    """Works on rows of logits (n, V or more) in the matmul's dtype, of which the first V stand for tokens.
 
-    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
+    padded: it takes more.
+    """
+
+    padded: bool
+
+    def log_sum_exp(self, logits: Tensor, V: int, out: Tensor) -> None:
         """Into out, (n,) float32."""
 
-    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
-        """The logits become share softmax(logits), less `own` at the target; lse, share and own (n,) float32."""
+    def softmax_slope(self, logits: Tensor, V: int, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        """The logits become share softmax(logits), less `own` at the target, and 0 from V on; lse, share and own (n,)
+        float32."""
 
 
 class _NativeSoftmax:
-    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
+    padded = False
+
+    def log_sum_exp(self, logits: Tensor, V: int, out: Tensor) -> None:
         run_native("log_sum_exp", logits.dtype, logits, out, *logits.shape)
 
-    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+    def softmax_slope(self, logits: Tensor, V: int, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
         run_native("softmax_slope", logits.dtype, logits, lse, share, own, target, *logits.shape)
 
 
@@ -137,6 +148,12 @@ def _softmax(name: str) -> Softmax | None:
     return _NativeSoftmax() if name == "native" else None
 
 
+def _multiplied(weight: Tensor, vocab_size: int, fast: Softmax | None) -> Tensor:
+    """The rows of the weight that take part in matmuls. The padding does where the softmax can leave it out: a GPU's
+    matmul of an odd number of rows takes kernels that load one number at a time, five times as slow."""
+    return weight if fast is not None and fast.padded else weight[:vocab_size]
+
+
 def _chunks(
     n: int, w: Tensor, wide: torch.dtype, fast: Softmax | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -144,7 +161,10 @@ def _chunks(
     those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the
     work on it."""
     V = len(w)
-    size = min(n, max(16, rows_at_once(w.device, V, CHUNK)))
+    size = max(16, rows_at_once(w.device, V, CHUNK))
+    if size > TILE:
+        size -= size % TILE
+    size = min(n, size)
     raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
     logits = None if fast else torch.empty(size, V, dtype=wide, device=w.device)
     for start in range(0, n, size):

@@ -1,7 +1,7 @@
 """The softmax of the head as Triton kernels over rows of logits, in place: each logit read once forward and read and
 written once backward. All is float32 inside.
 
-Legend: n tokens, V vocabulary; a program takes one token, W logits at a time.
+Legend: n tokens, V vocabulary (rows may be padded beyond it); a program takes one token, W logits at a time.
 """
 
 import torch
@@ -29,24 +29,26 @@ def _log_sum_exp(logits, lse, V, row, W: tl.constexpr):
 
 
 @triton.jit
-def _softmax_slope(logits, lse, share, own, target, V, row, W: tl.constexpr):
+def _softmax_slope(logits, lse, share, own, target, V, width, row, W: tl.constexpr):
+    """width: of the rows; from V on they become 0."""
     i, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * W + tl.arange(0, W)
     at, by, back, aim = tl.load(lse + i), tl.load(share + i), tl.load(own + i), tl.load(target + i)
     v = tl.load(logits + i * row + c, mask=c < V, other=float("-inf")).to(tl.float32)
     d = by * tl.exp(v - at) - tl.where(c == tl.maximum(aim, 0), back, 0.0)
-    tl.store(logits + i * row + c, d.to(logits.dtype.element_ty), mask=c < V)
+    tl.store(logits + i * row + c, tl.where(c < V, d, 0.0).to(logits.dtype.element_ty), mask=c < width)
 
 
 class TritonSoftmax:
-    """Rows of logits (n, V), as `model.ops.head.Softmax` wants them."""
+    """As `model.ops.head.Softmax` wants it."""
 
-    def log_sum_exp(self, logits: Tensor, out: Tensor) -> None:
-        with torch.cuda.device_of(logits):
-            grid = (len(logits),)
-            _log_sum_exp[grid](logits, out, logits.shape[1], logits.stride(0), W=BLOCK, num_warps=8)
+    padded = True
 
-    def softmax_slope(self, logits: Tensor, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+    def log_sum_exp(self, logits: Tensor, V: int, out: Tensor) -> None:
         with torch.cuda.device_of(logits):
-            (n, V), row = logits.shape, logits.stride(0)
-            grid = (n, triton.cdiv(V, BLOCK))
-            _softmax_slope[grid](logits, lse, share, own, target, V, row, W=BLOCK, num_warps=8)
+            _log_sum_exp[(len(logits),)](logits, out, V, logits.stride(0), W=BLOCK, num_warps=8)
+
+    def softmax_slope(self, logits: Tensor, V: int, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        with torch.cuda.device_of(logits):
+            (n, width), row = logits.shape, logits.stride(0)
+            grid = (n, triton.cdiv(width, BLOCK))
+            _softmax_slope[grid](logits, lse, share, own, target, V, width, row, W=BLOCK, num_warps=8)

@@ -88,10 +88,11 @@ def rows(dtype: torch.dtype, full: bool, width: int = 4096, sizes: tuple[int, in
         y.backward(torch.zeros_like(y))
 
 
-def head(dtype: torch.dtype, full: bool, vocabulary: int = 50277, tokens: int = 128) -> None:
+def head(dtype: torch.dtype, full: bool, vocabulary: int = 50304, tokens: int = 128) -> None:
     logits, numbers = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens)
-    TritonSoftmax().log_sum_exp(logits, numbers)
-    TritonSoftmax().softmax_slope(logits, numbers, numbers, numbers, torch.zeros(tokens, dtype=torch.int64))
+    TritonSoftmax().log_sum_exp(logits, vocabulary - 3, numbers)
+    target = torch.zeros(tokens, dtype=torch.int64)
+    TritonSoftmax().softmax_slope(logits, vocabulary - 3, numbers, numbers, numbers, target)
 
 
 def compiles(launches: list[Launch], capability: int, names: set[str]) -> None:

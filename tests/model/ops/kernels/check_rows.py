@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import head_triton, norm_triton
-from model.ops.head import IGNORE, linear_cross_entropy_reference
+from model.ops.head import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 from model.ops.head_triton import TritonSoftmax
 from model.ops.norm import rms_norm_reference
 from model.ops.norm_triton import TritonNorm, TritonReLU2, TritonSwiGLU
@@ -90,20 +90,42 @@ def test_activations(dtype, within):
 
 @pytest.mark.parametrize(("dtype", "within"), DTYPES)
 def test_softmax_of_the_head(dtype, within):
-    """Blocks of logits that the vocabulary does not fill; tokens without a target; the slope stands where the logits
-    stood."""
+    """Blocks of logits that the vocabulary does not fill; padding, which is read nowhere and gets a slope of 0; tokens
+    without a target; the slope stands where the logits stood."""
     n, V = 5, 37
-    logits = (3 * leaf(n, V)).detach().to(DEVICE, dtype)
+    rows = torch.full((n, 64), float("nan"), dtype=dtype, device=DEVICE)
+    rows[:, :V] = (3 * leaf(n, V)).detach().to(DEVICE, dtype)
+    logits = rows[:, :V].clone()
     target = torch.tensor([0, 36, IGNORE, 17, 16], device=DEVICE)
     lse = torch.empty(n, device=DEVICE)
-    TritonSoftmax().log_sum_exp(logits, lse)
+    TritonSoftmax().log_sum_exp(rows, V, lse)
     exact = logits.double().requires_grad_()
     assert (lse.double() - exact.logsumexp(-1)).abs().max() <= 1e-5
     own = torch.tensor([1.0, 0.5, 0.0, -2.0, 1.0], device=DEVICE)
     nll = linear_cross_entropy_reference(exact[None], torch.eye(V, device=DEVICE).double(), target[None], V)[0]
     (want,) = torch.autograd.grad((nll * own.double()).sum(), exact)
-    TritonSoftmax().softmax_slope(logits, lse, own, own, target)
-    assert (logits.double() - want).abs().max() <= within
+    TritonSoftmax().softmax_slope(rows, V, lse, own, own, target)
+    assert (rows[:, :V].double() - want).abs().max() <= within
+    assert torch.equal(rows[:, V:], torch.zeros_like(rows[:, V:]))
+
+
+@pytest.mark.parametrize(("dtype", "within"), DTYPES)
+def test_head(monkeypatch, dtype, within):
+    """The whole op with this softmax: padded rows of the weight take part in its matmuls and get no gradient."""
+    monkeypatch.setattr("model.ops.head._softmax", lambda name: TritonSoftmax())
+    monkeypatch.setattr("model.ops.head.rows_at_once", lambda *sizes: 4)
+    target = torch.randint(0, 37, (2, 19), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    target[:, ::5] = IGNORE
+    given = [leaf(2, 19, 24, dtype=dtype), leaf(64, 24, dtype=torch.float32)]
+    with torch.no_grad():
+        given[1][37:] = 0
+    compare(
+        lambda h, w: linear_cross_entropy(h, w, target, vocab_size=37, z_loss=1e-3),
+        lambda h, w: linear_cross_entropy_reference(h, w, target, 37, 1e-3),
+        given,
+        2 * within,
+        torch.float32,
+    )
 
 
 def test_as_shipped(monkeypatch):
