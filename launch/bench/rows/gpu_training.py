@@ -22,7 +22,7 @@ COMMON = (
     "parallel.zero_stage=1",
     "schedule.warmup_tokens=none",
     "schedule.warmup_fraction=0.0",
-    "optimizer.learning_rate=1e-4",
+    "optimizer.learning_rate=1e-5",  # without warm-up 1e-4 throws the loss up in the third step
 )
 LENGTHS = {
     4096: ("training.sequence_length=4096", "training.rows_per_step=8"),
