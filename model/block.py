@@ -44,8 +44,8 @@ class Block(nn.Module):
         if self.norm is None:
             out = self.mixer(x, ctx=ctx, state=state)
             return out._replace(counts=_prefixed("mixer.", out.counts))
-        out = self.mixer(self.norm(x, dtype=ctx.dtype), ctx=ctx, state=state)
-        return out._replace(y=x + out.y, counts=_prefixed("mixer.", out.counts))
+        out = self.mixer(ctx.enter(self.norm(x, dtype=ctx.dtype)), ctx=ctx, state=state)
+        return out._replace(y=x + ctx.mesh.leave(out.y), counts=_prefixed("mixer.", out.counts))
 
 
 class Branch(nn.Module):
@@ -81,7 +81,7 @@ class ParallelBlock(nn.Module):
         self.branches = nn.ModuleList(Branch(k, dims, gate, device) for k, gate in zip(kinds, gates, strict=True))
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> LayerOutput:
-        h, y = self.norm(x, dtype=ctx.dtype), x
+        h, total = ctx.enter(self.norm(x, dtype=ctx.dtype)), None
         states: list[Any] = []
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -89,11 +89,13 @@ class ParallelBlock(nn.Module):
         for index, branch in enumerate(self.branches):
             before = None if state is None else state[index]
             out = branch(h, ctx=ctx.at(ctx.layer + index), state=before)
-            y = y + out.y
+            total = out.y.to(x.dtype) if total is None else total + out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
             metrics |= _prefixed(f"branches.{index}.", out.metrics)
             counts |= _prefixed(f"branches.{index}.mixer.", out.counts)
+        assert total is not None, "a block has branches"
+        y = x + ctx.mesh.leave(total)
         return LayerOutput(y, tuple(states) if ctx.carry else None, losses, metrics, counts)
 
 

@@ -5,7 +5,7 @@ Legend: B batch rows, T tokens, D width, V vocabulary.
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,10 +16,28 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Blocks, Norm, add_losses, block_table, build_block
 from model.config import ModelConfig
-from model.context import Collectives, Context, Documents, LayerOutput, NoiseKey, SingleProcess
+from model.context import (
+    Collectives,
+    Context,
+    Documents,
+    LayerOutput,
+    NoiseKey,
+    SingleProcess,
+    chunk_bounds,
+)
 from model.layers.base import Projection, VisibleKeys, norm_spec
-from model.ops.head import linear_cross_entropy
-from model.params import Normal, ParamSpec, Table, allocate, count_active, count_parameters, initialise, split_evenly
+from model.ops.head import VocabularyPart, linear_cross_entropy
+from model.params import (
+    Normal,
+    ParamSpec,
+    Place,
+    Table,
+    allocate,
+    count_active,
+    count_parameters,
+    initialise,
+    split_evenly,
+)
 
 VOCABULARY_MULTIPLE = 128
 
@@ -68,25 +86,43 @@ class Hidden(NamedTuple):
 
 
 class Embedding(nn.Module):
+    """Rows of the vocabulary; of a tensor rank, its own rows and zeros for the others: a part of a sum."""
+
     weight: nn.Parameter
 
+    def __init__(self, vocab_size: int, place: Place) -> None:
+        super().__init__()
+        self.rows = _vocabulary_rows(vocab_size, place) if place.size > 1 else None
+
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(tokens, self.weight).to(dtype)
+        if self.rows is None:
+            return F.embedding(tokens, self.weight).to(dtype)
+        start, stop = self.rows
+        mine = (tokens >= start) & (tokens < stop)
+        return (F.embedding((tokens - start).clamp(0, stop - start - 1), self.weight) * mine[..., None]).to(dtype)
 
 
 class Head(nn.Module):
-    """Logits or loss. Called as a module, tied or not, so that ZeRO-3 can gather its weight."""
+    """Logits or loss. Called as a module, tied or not, so that ZeRO-3 can gather its weight.
+
+    A tensor rank has the logits of its rows of the vocabulary alone; what ranks tell each other for the loss is two
+    numbers a token.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, mesh: Collectives) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.mesh = mesh
+        self.start, stop = _vocabulary_rows(vocab_size, mesh.place)
+        self.vocab_size = stop - self.start
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
+            assert self.mesh.place.size == 1, "logits are given by one tensor rank; several give the loss"
             return F.linear(x, self.weight.to(x.dtype)).float()[..., : self.vocab_size]
-        return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype)
+        part = VocabularyPart(self.start, self.mesh.gather_over_tensor) if self.mesh.place.size > 1 else None
+        return linear_cross_entropy(x, self.weight, targets, vocab_size=self.vocab_size, dtype=x.dtype, part=part)
 
 
 def vocabulary_spec(config: ModelConfig) -> ParamSpec:
@@ -98,6 +134,11 @@ def vocabulary_spec(config: ModelConfig) -> ParamSpec:
         update="embedding",
         pad_rows=VOCABULARY_MULTIPLE,
     )
+
+
+def _vocabulary_rows(vocab_size: int, place: Place) -> tuple[int, int]:
+    """The rows `[start, stop)` of embedding and head that a tensor rank holds."""
+    return split_evenly(0, vocab_size).bounds(place.rank, place.size)
 
 
 def model_table(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -134,8 +175,9 @@ def forward_flops(config: ModelConfig, length: int, keys: VisibleKeys) -> float:
 class HybridLM(nn.Module):
     """A braid of layers as a language model.
 
-    config: the architecture. precision: explicit dtypes. recompute: run each block again in the backward pass instead
-    of keeping its activations. Parameters are allocated, not drawn: see `initialise_model`.
+    config: the architecture. precision: explicit dtypes. recompute: run blocks again in the backward pass instead of
+    keeping their activations: all of them, or those that hold a layer of these letters. Parameters are allocated, not
+    drawn: see `initialise_model`.
     """
 
     def __init__(
@@ -143,21 +185,24 @@ class HybridLM(nn.Module):
         config: ModelConfig,
         precision: Precision = Precision(),
         *,
-        recompute: bool = False,
+        recompute: bool | str = False,
         mesh: Collectives | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.precision, self.recompute = config, precision, recompute
         self.mesh = mesh or SingleProcess()
-        self.embedding = Embedding()
-        blocks = {i: build_block(*config.block(i), config.dims, device) for i in dict.fromkeys(config.places)}
+        place, dims = self.mesh.place, replace(config.dims, place=self.mesh.place)
+        self.embedding = Embedding(config.vocab_size, place)
+        blocks = {i: build_block(*config.block(i), dims, device) for i in dict.fromkeys(config.places)}
         self.blocks = Blocks(blocks, config.places)
-        self.first_layer = [0, *accumulate(map(len, config.blocks))]
-        self.norm = Norm(config.dims, device)
-        self.head = Head(config.vocab_size)
-        self.embedding.weight = allocate(vocabulary_spec(config), device)
-        self.head.weight = self.embedding.weight if config.tie_embeddings else allocate(vocabulary_spec(config), device)
+        self.letters = config.blocks
+        self.first_layer = [0, *accumulate(map(len, self.letters))]
+        self.norm = Norm(dims, device)
+        self.head = Head(config.vocab_size, self.mesh)
+        vocabulary = vocabulary_spec(config)
+        self.embedding.weight = allocate(vocabulary, device, place)
+        self.head.weight = self.embedding.weight if config.tie_embeddings else allocate(vocabulary, device, place)
 
     def table(self) -> Table:
         """Logical name -> ParamSpec, for every parameter of this model."""
@@ -177,9 +222,12 @@ class HybridLM(nn.Module):
     ) -> ModelOutput:
         """tokens: (B, T) int64. starts: (B, T) bool, True where a document begins. targets: (B, T) int64, -100 where
         nothing is predicted. state: what came before. carry: return the state after the last token. last_only: logits
-        of the last token alone. clock: tokens trained so far. noise: key of this step's randomness."""
+        of the last token alone. clock: tokens trained so far. noise: key of this step's randomness.
+
+        Every rank is given whole rows; a context rank returns what belongs to its chunk of them (`chunk_bounds`).
+        """
         hidden = self.hidden(tokens, starts, state=state, carry=carry, last_only=last_only, clock=clock, noise=noise)
-        result = self.head(hidden.x, targets)
+        result = self.head(hidden.x, None if targets is None else self._chunk(targets))
         nll, logits = (None, result) if targets is None else (result, None)
         return ModelOutput(nll, logits, hidden.state, hidden.losses, hidden.metrics, hidden.counts)
 
@@ -195,15 +243,20 @@ class HybridLM(nn.Module):
         noise: NoiseKey | None = None,
     ) -> Hidden:
         """All of `forward` but the head, for those who need logits of a few tokens only: `model.head(x)` of these."""
+        mesh = self.mesh
+        alone = mesh.place.size == mesh.context_size == 1
+        assert alone or not (carry or last_only or state), "several ranks train a model together, one decodes"
         documents = Documents.from_starts(starts, None if state is None else state.position)
-        x = self.embedding(tokens, dtype=self.precision.residual)
+        documents = documents.chunk(mesh.context_rank, mesh.context_size)
+        x = mesh.leave(self.embedding(self._chunk(tokens), dtype=self.precision.residual))
         ctx = Context(
             documents=documents,
             dtype=self.precision.compute,
             tokens=clock,
             noise=noise,
             embedding=x,
-            mesh=self.mesh,
+            mesh=mesh,
+            row=tokens.shape[1],
             carry=carry,
         )
         states: list[Any] = []
@@ -212,14 +265,15 @@ class HybridLM(nn.Module):
         counts: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            out = self._run(block, x, ctx.at(self.first_layer[index]), before)
+            again = self.recomputes(self.letters[index]) and torch.is_grad_enabled()
+            out = _run(block, x, ctx.at(self.first_layer[index]), before, again)
             x = out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
             metrics |= {f"layers.{index}.{name}": value for name, value in (out.metrics or {}).items()}
             place = self.blocks.places[index]
             counts = add_losses(counts, {f"blocks.{place}.{n}": value for n, value in (out.counts or {}).items()})
-        x = self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute)
+        x = ctx.enter(self.norm(x[:, -1:] if last_only else x, dtype=self.precision.compute))
         after = ModelState(tuple(states), documents.positions[:, -1] + 1) if carry else None
         return Hidden(x, after, losses, metrics, counts)
 
@@ -250,10 +304,21 @@ class HybridLM(nn.Module):
             for name, value in cast(Counting, self.get_submodule(path)).summarise(own).items()
         }
 
-    def _run(self, block: nn.Module, x: Tensor, ctx: Context, state: Any) -> LayerOutput:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
-        return block(x, ctx=ctx, state=state)
+    def _chunk(self, rows: Tensor) -> Tensor:
+        """This context rank's tokens of whole rows (B, T)."""
+        low, high = chunk_bounds(rows.shape[1], self.mesh.context_rank, self.mesh.context_size)
+        return rows[:, low:high]
+
+    def recomputes(self, letters: str) -> bool:
+        """Whether a block of these layers runs again in the backward pass."""
+        chosen = self.recompute
+        return chosen if isinstance(chosen, bool) else not {*chosen}.isdisjoint(letters)
+
+
+def _run(block: nn.Module, x: Tensor, ctx: Context, state: Any, again: bool) -> LayerOutput:
+    if again:
+        return checkpoint(block, x, ctx=ctx, state=state, use_reentrant=False, preserve_rng_state=False)
+    return block(x, ctx=ctx, state=state)
 
 
 class Counting(Protocol):
@@ -289,5 +354,6 @@ def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = N
     chosen = set(table if names is None else names)
     wanted = [(name, parameter) for name, parameter in model.named_parameters() if name in chosen]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for done in [threads.submit(initialise, parameter, name, table[name], seed) for name, parameter in wanted]:
-            done.result()
+        drawn = [threads.submit(initialise, p, name, table[name], seed, *model.mesh.place) for name, p in wanted]
+        for parameter in drawn:
+            parameter.result()

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,21 @@ def box_shape(box: Box) -> tuple[int, ...]:
 
 def box_numel(box: Box) -> int:
     return math.prod(box_shape(box))
+
+
+class Place(NamedTuple):
+    """Where a rank stands among those that hold parts of one copy of the weights: `local_layout(spec, *place)`.
+
+    rank, size: of tensor parallelism. expert_rank, expert_size: of expert parallelism.
+    """
+
+    rank: int = 0
+    size: int = 1
+    expert_rank: int = 0
+    expert_size: int = 1
+
+
+WHOLE = Place()
 
 
 class Init(Protocol):
@@ -125,7 +140,8 @@ class ParamSpec:
     optimizer may take it for (only a "matrix" may be orthogonalised, block by block). dtype: of storage. comm_dtype: of
     its gradient's reduction, None for the recipe's. pad_rows: each tensor rank pads its rows to a multiple of this;
     padding is no part of the logical tensor. frozen: takes no gradient. used: the part of it that serves one token (the
-    chosen of many experts), for counts of active parameters.
+    chosen of many experts), for counts of active parameters. experts: the blocks are those of so many experts, in
+    order, which are dealt to the expert-parallel ranks in equal runs; 0 for a weight that every one of those holds.
     """
 
     shape: tuple[int, ...]
@@ -139,6 +155,7 @@ class ParamSpec:
     pad_rows: int = 1
     frozen: bool = False
     used: float = 1.0
+    experts: int = 0
 
     def __post_init__(self) -> None:
         if self.blocks:
@@ -181,12 +198,18 @@ class LocalLayout:
     pieces: tuple[Piece, ...]
 
 
-def local_layout(spec: ParamSpec, rank: int = 0, size: int = 1) -> LocalLayout:
-    """Where the pieces of a logical tensor lie in the local tensor of tensor rank `rank` of `size`."""
+def local_layout(
+    spec: ParamSpec, rank: int = 0, size: int = 1, expert_rank: int = 0, expert_size: int = 1
+) -> LocalLayout:
+    """Where the pieces of a logical tensor lie in the local tensor of a rank (see `Place`)."""
     pieces: list[Piece] = []
     tail = tuple((0, n) for n in spec.shape[1:])
     local_tail, row, offset, rows = spec.shape[1:], 0, 0, 0
-    for block in spec.named_blocks():
+    held = _held_blocks(spec, expert_rank, expert_size)
+    for index, block in enumerate(spec.named_blocks()):
+        if index not in held:
+            row += block.rows
+            continue
         for box, copies, owner in _block_boxes(block, row, tail, rank, size):
             pieces.append(Piece(block.name, box, offset, copies, owner))
             offset += box_numel(box)
@@ -195,6 +218,25 @@ def local_layout(spec: ParamSpec, rank: int = 0, size: int = 1) -> LocalLayout:
         row += block.rows
     padded = -(-rows // spec.pad_rows) * spec.pad_rows
     return LocalLayout((padded, *local_tail), tuple(pieces))
+
+
+def local_rows(spec: ParamSpec, place: Place) -> dict[str, int]:
+    """Rows of each named block in the local tensor of a rank, 0 for those of other ranks' experts; padding is left
+    out."""
+    rows = dict.fromkeys((block.name for block in spec.named_blocks()), 0)
+    for piece in local_layout(spec, *place).pieces:
+        (start, stop), *_ = piece.box
+        rows[piece.block] += stop - start
+    return rows
+
+
+def _held_blocks(spec: ParamSpec, expert_rank: int, expert_size: int) -> range:
+    """Indices of the blocks that an expert rank holds: all, of a weight that is not made of experts."""
+    blocks = len(spec.named_blocks())
+    if not spec.experts:
+        return range(blocks)
+    assert spec.experts % expert_size == 0, f"{spec.experts} experts do not divide over {expert_size} ranks"
+    return range(blocks * expert_rank // expert_size, blocks * (expert_rank + 1) // expert_size)
 
 
 def _block_boxes(block: Block, row: int, tail: Box, rank: int, size: int) -> Iterator[tuple[Box, int, bool]]:
@@ -221,28 +263,40 @@ def _block_boxes(block: Block, row: int, tail: Box, rank: int, size: int) -> Ite
         start = end
 
 
-def allocate(spec: ParamSpec, device: torch.device | str | None = None) -> nn.Parameter:
-    """An uninitialised parameter of the local shape (one tensor rank)."""
-    data = torch.empty(local_layout(spec).shape, dtype=spec.dtype, device=device)
+def allocate(spec: ParamSpec, device: torch.device | str | None = None, place: Place = WHOLE) -> nn.Parameter:
+    """An uninitialised parameter of the local shape."""
+    data = torch.empty(local_layout(spec, *place).shape, dtype=spec.dtype, device=device)
     return nn.Parameter(data, requires_grad=not spec.frozen)
 
 
-def allocate_table(module: nn.Module, table: Table, device: torch.device | str | None = None) -> None:
-    """Registers every parameter of `table` on `module`; `a.weight` goes to the submodule `a`."""
+def allocate_table(
+    module: nn.Module, table: Table, device: torch.device | str | None = None, place: Place = WHOLE
+) -> None:
+    """Registers every parameter of `table` on `module`, this rank's part of it; `a.weight` goes to the submodule
+    `a`."""
     for name, spec in table.items():
         *path, leaf = name.split(".")
         owner = module.get_submodule(".".join(path)) if path else module
-        owner.register_parameter(leaf, allocate(spec, device))
+        owner.register_parameter(leaf, allocate(spec, device, place))
 
 
 @torch.no_grad()
-def initialise(param: Tensor, name: str, spec: ParamSpec, seed: int, rank: int = 0, size: int = 1) -> None:
+def initialise(
+    param: Tensor,
+    name: str,
+    spec: ParamSpec,
+    seed: int,
+    rank: int = 0,
+    size: int = 1,
+    expert_rank: int = 0,
+    expert_size: int = 1,
+) -> None:
     """Fills a local tensor with the initial values of its pieces, the same in every layout and on every device.
 
     Values are drawn in chunks of rows of the logical tensor from generators keyed by `(seed, name, chunk)`; a rank
     draws only the chunks that its rows touch. Padding rows are zero.
     """
-    layout = local_layout(spec, rank, size)
+    layout = local_layout(spec, rank, size, expert_rank, expert_size)
     flat = torch.zeros(math.prod(layout.shape), dtype=torch.float32)
     for piece in layout.pieces:
         flat[piece.offset : piece.offset + piece.numel] = draw_box(name, spec, piece.box, seed).flatten()

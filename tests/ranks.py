@@ -25,6 +25,7 @@ def free_port() -> int:
 def _rank_main(
     work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Connection
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 
@@ -38,16 +39,18 @@ def _rank_main(
 
 
 def run_ranks(
-    work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120, cuda: bool = False
+    work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120, gpus: str = ""
 ) -> list[Any]:
-    """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order. cuda:
-    they see the GPUs of this machine.
+    """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order.
+    gpus: what the ranks see of CUDA's devices.
 
     Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
     """
-    context = multiprocessing.get_context("spawn")
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1"} if cuda else {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+    # The server imports once, for the CPU, what takes each rank seconds to import.
+    multiprocessing.set_forkserver_preload(["tests.imported"])
+    shared = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     ranks, pipes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()

@@ -22,8 +22,10 @@ from model.ops.backend import check_names
 from train.bases import merged, origin, read_stages
 from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
-from train.engine import ZeroOptions
-from train.optim import AdamWConfig
+from train.engine import Placement, ZeroOptions
+from train.layout import check_layout
+from train.optim import OptimizerConfig, check_stage
+from train.parallel import Sizes
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
 from train.spikes import SpikesConfig
@@ -41,8 +43,9 @@ class TrainingConfig:
     clip_norm: largest global gradient norm, larger gradients are scaled down to it; 0 switches clipping off.
     nonfinite_limit: stop after this many updates in a row were skipped because their gradient was not finite.
     checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them (less memory,
-    about a third more time). compute_dtype: of matmuls, convolutions and attention. residual_dtype: of the residual
-    stream. reduce_dtype: of gradient sums over ranks.
+    about a third more time); letters of the pattern ("M*") do so only for blocks that hold such a layer. compute_dtype:
+    of matmuls, convolutions and attention. residual_dtype: of the residual stream. reduce_dtype: of gradient sums over
+    ranks.
     backends: op -> backend, for ops that should not choose by themselves, e.g. ssd = "torch" (see model/ops).
     """
 
@@ -52,7 +55,7 @@ class TrainingConfig:
     micro_batch_rows: int = 1
     clip_norm: float = 1.0
     nonfinite_limit: int = 10
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: bool | str = False
     compute_dtype: DType = "bfloat16"
     residual_dtype: DType = "float32"
     reduce_dtype: DType = "float32"
@@ -65,6 +68,8 @@ class TrainingConfig:
         require(
             self.tokens >= self.tokens_per_step, "tokens", self.tokens, f"one step ({self.tokens_per_step}) or more"
         )
+        wants = "true, false, or letters of the pattern"
+        require(self.checkpoint_blocks != "", "checkpoint_blocks", self.checkpoint_blocks, wants)
         check_names(self.backends)
 
     @property
@@ -85,26 +90,51 @@ class TrainingConfig:
 class ParallelConfig:
     """How the run is laid on its ranks; never changes what is computed.
 
-    device: "cuda", "cpu", or "auto" for cuda where there is one. zero_stage: 0 replicates everything, 1 shards
-    optimizer states, 2 also gradients, 3 also weights. timeout_s: longest wait for another rank, in seconds. stall_s: a
+    device: "cuda", "cpu", or "auto" for cuda where there is one. tensor: ranks that share the weights of each layer.
+    context: ranks that share the tokens of each row. expert: data-parallel ranks that share the experts of MoE layers.
+    All other ranks are data-parallel: world = data x context x tensor. zero_stage: 0 replicates everything, 1 shards
+    optimizer states, 2 also gradients, 3 also weights. offload_optimizer: master weights, moments and summed gradients
+    lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one host, that keep
+    a second copy of the weights among themselves, so that of the gathers of a step only the first leaves the group
+    (ZeRO 3); none for no such copy. overlap: sum gradients over ranks while the backward pass goes on (ZeRO 1-3), none
+    for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a
     rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
     interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
     that NCCL chooses. buckets: sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
     zero_stage: int = 1
+    offload_optimizer: bool = False
+    hpz_ranks: int | None = None
+    overlap: bool | None = None
     timeout_s: float = 1800.0
     stall_s: float = 900.0
     interface: str | None = None
     buckets: ZeroOptions = field(default_factory=ZeroOptions)
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.tensor, self.context, self.expert)
+
     def __post_init__(self) -> None:
+        for key in ("tensor", "context", "expert"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of ranks")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "one of 0, 1, 2, 3")
+        self.placement.check(self.zero_stage)
+        wants = "none beside tensor ranks, because DeepSpeed takes neighbouring ranks for a group"
+        require(self.hpz_ranks is None or self.tensor == 1, "hpz_ranks", self.hpz_ranks, wants)
         for key in ("timeout_s", "stall_s"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive number of seconds")
         for key, elements in asdict(self.buckets).items():
             require(elements > 0, f"buckets.{key}", elements, "a positive number of elements")
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.offload_optimizer, self.hpz_ranks, self.overlap)
 
 
 def _related(one: str, other: str) -> bool:
@@ -201,14 +231,14 @@ class Recipe:
     """Everything that decides a run.
 
     name: of the run and its folder. seed: of initial weights, data order and noise. runs: folder that holds run
-    folders.
+    folders. optimizer: AdamW, which a section without `kind` means, or Muon (`train/muon.py`).
     """
 
     name: str
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: Schedule = field(default_factory=WSD)
     parallel: ParallelConfig = ParallelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
@@ -224,10 +254,20 @@ class Recipe:
         usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         require(usable, "name", self.name, "a folder name of letters, digits, '.', '_' and '-'")
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer that is not negative")
+        if isinstance(chosen := self.training.checkpoint_blocks, str):
+            letters = dict.fromkeys("".join(self.model.blocks))
+            wants = f"true, false, or some of the pattern's letters {''.join(letters)}"
+            require({*chosen} <= {*letters}, "training.checkpoint_blocks", chosen, wants)
+        length, stage = self.training.sequence_length, self.parallel.zero_stage
+        check_stage(self.optimizer, stage)
         try:
             self.schedule.check(self.training.tokens)
         except ValueError as error:
             raise ValueError(f"schedule.{error}") from None
+        try:
+            check_layout(self.model, self.parallel.sizes, sequence_length=length, zero_stage=stage)
+        except ValueError as error:
+            raise ValueError(f"parallel.{error}") from None
 
     @property
     def folder(self) -> Path:
@@ -235,10 +275,13 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def check_ranks(self, size: int) -> None:
-        """Raises ConfigError unless the global batch divides evenly over `size` ranks."""
+        """Raises ConfigError unless the mesh fills `size` ranks and the global batch divides over its data ranks."""
         rows = self.training.rows_per_step
-        if rows % size:
-            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of the {size} ranks")
+        data = self.parallel.sizes.data(size)
+        if rows % data:
+            ranks = f"the {size} ranks" if data == size else f"the {data} data ranks"
+            raise ConfigError("training.rows_per_step", f"got {rows}, wants a multiple of {ranks}")
+        self.parallel.placement.check_ranks(size)
 
     def to_json(self) -> str:
         """The resolved recipe, defaults and overrides included; `from_json` gives an equal recipe back."""

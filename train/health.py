@@ -60,7 +60,7 @@ class Health:
         self.counted = {
             name: [
                 (piece.offset, piece.offset + piece.numel)
-                for piece in local_layout(spec, mesh.tensor_rank, mesh.tensor_size).pieces
+                for piece in local_layout(spec, *mesh.place).pieces
                 if piece.owner
             ]
             for name, spec in table.items()
@@ -74,7 +74,7 @@ class Health:
             squares.append(sum_of_squares(part))
         totals = torch.zeros(len(self.index), dtype=torch.float64, device=self.mesh.device)
         if rows:
-            totals.index_add_(0, torch.tensor(rows, device=self.mesh.device), torch.stack(squares))
+            totals.index_add_(0, torch.tensor(rows, device=self.mesh.device), torch.stack(squares).to(totals.device))
         return math.sqrt(value) if (value := self.mesh.sum_(totals).sum().item()) >= 0 else math.nan
 
     def _counted_parts(self, gradients: Iterable[GradientFragment]) -> Iterator[tuple[str, Tensor]]:

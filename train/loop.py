@@ -13,6 +13,7 @@ from model.block import add_losses
 from model.context import Documents, NoiseKey
 from model.hybrid import HybridLM, ModelOutput, forward_flops
 from train.config import Recipe
+from train.counter import SETTLED, count_traffic
 from train.health import clip_coefficient
 from train.run import Run, open_run
 from train.stop import EXIT_DONE, EXIT_STOPPED
@@ -26,7 +27,7 @@ def train(recipe: Recipe) -> int:
     with open_run(recipe) as run:
         while not run.finished:
             start = run.stream.sample
-            record = train_step(run)
+            record = train_step(run) if run.steps != SETTLED - 1 else counted_step(run)
             run.metrics.step(record)
             run.announce_backends()
             run.check_saved()
@@ -47,6 +48,17 @@ def train(recipe: Recipe) -> int:
     return EXIT_DONE
 
 
+def counted_step(run: Run) -> dict[str, Any]:
+    """`train_step`, noting what rank 0 sends in it, where there are ranks to send to."""
+    if run.mesh.size == 1:
+        return train_step(run)
+    with count_traffic(run.mesh) as sent:
+        record = train_step(run)
+    flops = record["mfu"] * run.peak.flops * record["seconds"]
+    run.metrics.event("traffic", step=run.clock.step, ranks=run.mesh.size, bytes=sent.bytes, flops=flops)
+    return record
+
+
 def train_step(run: Run) -> dict[str, Any]:
     """One optimizer step on the next global batch; returns its line of `metrics.jsonl`.
 
@@ -55,15 +67,17 @@ def train_step(run: Run) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     batches = run.stream.next_step()
-    valid = run.mesh.sum(sum(batch.valid for batch in batches))
+    valid = run.mesh.sum(sum(batch.valid for batch in batches) if run.mesh.tells_rows else 0)
     means, counts = accumulate(run, batches, max(valid, 1))
     rate, norm, updated = update(run)
     model = cast(HybridLM, run.engine.module)
     if updated:
         run.engine.add(model.adjustments(counts))
     run.clock.step += 1
+    run.steps += 1
     run.clock.tokens += run.tokens_per_step
-    digests = [digest for rank in run.mesh.gather(row_digests(batches)) for digest in rank]
+    mine = row_digests(batches) if run.mesh.tells_rows else []
+    digests = [digest for rank in run.mesh.gather(mine) for digest in rank]
     seconds = time.perf_counter() - begin
     speed = run.tokens_per_step / seconds
     return {
@@ -92,15 +106,18 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> tuple[dict[str, 
         run.watch.progress(f"step {run.clock.step + 1}")
         out = forward(run, batch)
         assert out.nll is not None
-        loss = out.nll.sum() + sum(out.losses.values())
+        # Tensor ranks have the same tokens: each has all of the loss, whose gradient it shares with the others, and all
+        # of the layers' own losses, whose gradient it has for itself.
+        loss = out.nll.sum() + sum(out.losses.values()) / run.mesh.tensor.size
         run.engine.backward(loss / valid, last=index == len(batches) - 1)
         sums = {"loss": out.nll.detach().double().sum(), **out.losses}
-        shares = {name: value / (len(batches) * run.mesh.size) for name, value in out.metrics.items()}
+        shares = {name: value / (len(batches) * run.mesh.shard.size) for name, value in out.metrics.items()}
         for name, value in ({name: value / valid for name, value in sums.items()} | shares).items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
         counts = add_losses(counts, out.counts)
     together = list((totals | counts).values())
-    summed = run.mesh.sum_(torch.cat([value.double().flatten() for value in together]))
+    own = torch.cat([value.double().flatten() for value in together])
+    summed = run.mesh.tell(own if run.mesh.tells_tokens else torch.zeros_like(own))
     parts = summed.split([value.numel() for value in together])
     means = {name: part.item() for name, part in zip(totals, parts, strict=False)}
     return means, dict(zip(counts, parts[len(totals) :], strict=True))
@@ -149,7 +166,7 @@ def validate(run: Run) -> Perplexity:
         run.watch.progress(f"validation at step {run.clock.step}")
         out = forward(run, batch)
         assert out.nll is not None
-        return out.nll
+        return run.mesh.whole_rows(out.nll, batch.tokens.shape[1])
 
     run.engine.module.eval()
     result = evaluate(
@@ -158,9 +175,9 @@ def validate(run: Run) -> Perplexity:
         sequence_length=run.recipe.training.sequence_length,
         rows=run.recipe.training.micro_batch_rows,
         max_tokens=run.recipe.evaluation.max_tokens,
-        rank=run.mesh.rank,
-        size=run.mesh.size,
-        all_reduce=run.mesh.sum_,
+        rank=run.mesh.data.rank,
+        size=run.mesh.data.size,
+        all_reduce=run.mesh.sum_over_data,
     )
     run.engine.module.train()
     clock, bits = run.clock, result.bits_per_byte

@@ -27,6 +27,7 @@ from train.config import Recipe
 from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health, TrainingHealthError
+from train.layout import copied_elements
 from train.lock import RunLock
 from train.metrics import Metrics, open_wandb
 from train.parallel import Mesh, open_mesh
@@ -68,6 +69,8 @@ class Run:
     validated: tuple[int, Perplexity] | None = None
     """The newest validation and its step."""
     backends: dict[str, str] | None = None
+    steps: int = 0
+    """Taken by this process."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -193,7 +196,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         layout = recipe.parallel
-        mesh = stack.enter_context(open_mesh(layout.device, timeout_s=layout.timeout_s, interface=layout.interface))
+        mesh = stack.enter_context(
+            open_mesh(layout.device, layout.sizes, timeout_s=layout.timeout_s, interface=layout.interface)
+        )
         say = partial(report, survivor=True)
         watch = stack.enter_context(Watch(mesh, recipe.folder / "stacks", recipe.parallel.stall_s, say))
         stack.enter_context(watch.naming_the_dead())
@@ -216,6 +221,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             mesh=mesh,
             reduce_dtype=recipe.training.reduction,
             options=recipe.parallel.buckets,
+            placement=recipe.parallel.placement,
         )
         stack.callback(engine.close)
         store = Store(
@@ -263,8 +269,8 @@ def _open_stream(recipe: Recipe, data: PreparedData, mesh: Mesh) -> BatchStream:
         data.mixture(recipe.training.sequence_length, recipe.seed),
         rows_per_step=recipe.training.rows_per_step,
         micro_rows=recipe.training.micro_batch_rows,
-        rank=mesh.rank,
-        size=mesh.size,
+        rank=mesh.data.rank,
+        size=mesh.data.size,
     )
 
 
@@ -279,6 +285,12 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
         raise ValueError(
             f"model.{key}: got {ours[key]}, but {checkpoint.folder} was saved with {saved[key]}; "
             "wants the saved model, or another name for the run"
+        )
+    saved_by = checkpoint.extra["recipe"]["optimizer"]["kind"]
+    if saved_by != recipe.optimizer.kind:
+        raise ValueError(
+            f"optimizer.kind: got {recipe.optimizer.kind}, but {checkpoint.folder} was saved with {saved_by}; wants "
+            "that, or another name for the run, with start.checkpoint and start.optimizer=false"
         )
     stream.load_state_dict(checkpoint.extra["stream"])
     if "spikes" in checkpoint.extra:
@@ -326,12 +338,17 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
     recipe, metrics = run.recipe, run.metrics
     if not run.mesh.main:
         return
+    shape = f" ({run.mesh.shape})" if run.mesh.shape else ""
     million = parameter_count(recipe.model) / 1e6
     metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
     metrics.say(
-        f"{run.mesh.size} x {run.mesh.device.type}, ZeRO {recipe.parallel.zero_stage}, "
+        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}"
+        f"{recipe.parallel.placement.words(run.mesh.shard.size)}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
+    if run.mesh.tensor.size > 1:
+        copies = copied_elements(run.model.table(), run.mesh.tensor.size) / 1e6
+        metrics.say(f"tensor ranks hold {copies:.2f}M parameters more than once: norms, routers, heads that all need")
     for letter, layer in recipe.model.layers.items():
         if shared := getattr(layer, "shares", None):
             metrics.say(f"layers.{letter}: documents share {shared}")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.params import Table
+from train.collectives import Axis
 from train.health import GradientFragment
 from train.parallel import Mesh
 
@@ -40,13 +41,15 @@ class Shard(NamedTuple):
 class Stage(ABC):
     """What `Engine` asks of a ZeRO stage.
 
-    engine: the DeepSpeed engine. reduce_dtype: of gradient sums over ranks, where the table names none. trained,
-    frozen: the shards of this rank; over all ranks each element of each parameter is in one shard.
+    engine: the DeepSpeed engine. reduce_dtype: of gradient sums over ranks, where the table names none. holders: the
+    ranks that hold the same part of a parameter and share its sums and states. trained, frozen: the shards of this
+    rank; over all ranks each element of each parameter is in one shard.
     """
 
     def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
         self.engine, self.zero, self.mesh = engine, engine.optimizer, mesh
         self.names: dict[nn.Parameter, str] = {p: name for name, p in engine.module.named_parameters()}
+        self.holders = {p: mesh.replica if table[name].experts else mesh.shard for p, name in self.names.items()}
         self.reduce_dtypes = {p: table[name].comm_dtype or reduce_dtype for p, name in self.names.items()}
         self.trained = list(self.trained_shards())
         self.frozen = list(self.frozen_shards())
@@ -61,6 +64,10 @@ class Stage(ABC):
     @abstractmethod
     def gradients(self) -> Iterator[GradientFragment]: ...
 
+    def held_gradients(self) -> Iterator[GradientFragment]:
+        """Views of all that this rank has of the summed gradients: what it owns, or more."""
+        return self.gradients()
+
     @abstractmethod
     def scale(self, factor: float) -> None: ...
 
@@ -68,7 +75,7 @@ class Stage(ABC):
     def forget_gradients(self) -> None: ...
 
     def frozen_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if not p.requires_grad)
+        return (even_shard(p, name, self.holders[p]) for p, name in self.names.items() if not p.requires_grad)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch; after the last, gradients are summed over ranks and micro-batches."""
@@ -85,9 +92,9 @@ class Stage(ABC):
             fill(parameter.detach().view(-1), name, WEIGHT, 0)
 
 
-def even_shard(parameter: nn.Parameter, name: str, mesh: Mesh) -> Shard:
+def even_shard(parameter: nn.Parameter, name: str, axis: Axis) -> Shard:
     """This rank's even part of a parameter that every rank holds whole."""
-    start, stop = (parameter.numel() * rank // mesh.size for rank in (mesh.rank, mesh.rank + 1))
+    start, stop = (parameter.numel() * rank // axis.size for rank in (axis.rank, axis.rank + 1))
     return Shard(name, start, stop, parameter, start)
 
 
@@ -107,7 +114,7 @@ class Stage0(Stage):
         return [p for p in self.names if p.requires_grad]
 
     def trained_shards(self) -> Iterator[Shard]:
-        return (even_shard(p, name, self.mesh) for p, name in self.names.items() if p.requires_grad)
+        return (even_shard(p, name, self.holders[p]) for p, name in self.names.items() if p.requires_grad)
 
     def restored(self) -> list[Shard]:
         return [Shard(self.names[p], 0, p.numel(), p, 0) for p in self.names if p.requires_grad]
@@ -121,11 +128,12 @@ class Stage0(Stage):
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.mesh.size > 1:
-            for bucket in self._buckets(trained):
+        for axis in (self.mesh.shard, self.mesh.replica):
+            held = [p for p in trained if self.holders[p] is axis]
+            for bucket in self._buckets(held) if axis.size > 1 else ():
                 dtype = self.reduce_dtypes[bucket[0]]
                 flat = torch.cat([gradient_of(p).view(-1).to(dtype) for p in bucket])
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=axis.group)
                 for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     gradient_of(parameter).view(-1).copy_(part)
 
@@ -145,6 +153,11 @@ class Stage0(Stage):
         for shard in self.trained:
             yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
 
+    def held_gradients(self) -> Iterator[GradientFragment]:
+        for parameter, name in self.names.items():
+            if parameter.requires_grad:
+                yield GradientFragment(name, 0, parameter.numel(), gradient_of(parameter).view(-1))
+
     def scale(self, factor: float) -> None:
         torch._foreach_mul_([gradient_of(p) for p in self.names if p.requires_grad], factor)
 
@@ -156,12 +169,14 @@ class Stage0(Stage):
 class Stage12(Stage):
     """Optimizer states and a master copy of the weights sharded; at stage 2 gradients too.
 
-    DeepSpeed flattens each optimizer group, pads it and cuts it into one equal partition a rank.
+    DeepSpeed flattens each optimizer group, pads it and cuts it into one equal partition for each rank that holds it.
     """
 
     def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
         super().__init__(engine, table, mesh, reduce_dtype)
         reduce_each_in_its_dtype(self.zero, self.reduce_dtypes)
+        if self.zero.overlap_comm and not self.zero.partition_gradients:
+            reduce_what_is_left(self.zero)
 
     def homes(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
@@ -169,7 +184,8 @@ class Stage12(Stage):
     def trained_shards(self) -> Iterator[Shard]:
         for group in range(len(self.homes())):
             size = self.zero.partition_size[group]
-            first, last = self.mesh.rank * size, (self.mesh.rank + 1) * size
+            (rank,) = {self.holders[parameter].rank for parameter in self.zero.round_robin_bit16_groups[group]}
+            first, last = rank * size, (rank + 1) * size
             members = zip(
                 self.zero.round_robin_bit16_groups[group], self.zero.round_robin_bit16_offsets[group], strict=True
             )
@@ -242,15 +258,15 @@ class Stage3(Stage):
 
     def _shard(self, parameter: Any, home: Tensor, offset: int) -> Iterator[Shard]:
         size, numel = parameter.partition_numel(), parameter.ds_numel
-        start, stop = (min(rank * size, numel) for rank in (self.mesh.rank, self.mesh.rank + 1))
+        start, stop = (min(rank * size, numel) for rank in (self.mesh.shard.rank, self.mesh.shard.rank + 1))
         if start < stop:
             yield Shard(self.names[parameter], start, stop, home, offset)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.zero.clear_backward_seen_flag()
         super().backward(loss, last)
-        if last and self.mesh.size > 1:
-            self.zero.grad_partitions_flat_buffer.mul_(self.mesh.size)
+        if last and self.mesh.shard.size > 1:
+            self.zero.grad_partitions_flat_buffer.mul_(self.mesh.shard.size)
 
     def gradients(self) -> Iterator[GradientFragment]:
         gradients = {
@@ -274,10 +290,101 @@ class Stage3(Stage):
 
     def load_weights(self, fill: Fill) -> None:
         self.zero._partition_all_parameters()
+        parameters: list[Any] = list(self.names)
+        for parameter in parameters:
+            parameter.ds_secondary_tensor = None  # hpZ's copy is of the old weights
         for shard in self.trained + self.frozen:
             fill(shard.of(shard.home), shard.name, WEIGHT, shard.start)
         for group in range(len(self.homes())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)  # what is gathered may be a copy of `home`
+
+
+class Offloaded12(Stage12):
+    """ZeRO 1 and 2 with master weights, moments and summed gradients in host memory.
+
+    After the last micro-batch DeepSpeed copies a gradient into the `grad` of its partition, if that micro-batch used
+    the parameter; what earlier ones left is in a buffer a parameter, which it never clears. Its own norm and overflow
+    search, which make the host wait for each parameter, are switched off.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        self.zero.compute_grad_norm = False
+        self.zero.set_norm_for_param_grad_in_gpu = _nothing
+        self.zero.update_offload_overflow_tracker_for_param_grad = _nothing
+        self.parameters = {name: parameter for parameter, name in self.names.items()}
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        super().backward(loss, last)
+        if last:
+            self.zero._wait_for_offload_copies()
+            for shard in self.trained:
+                if (sums := self._earlier(shard)) is not None:
+                    shard.of(gradient_of(shard.home)).copy_(sums[shard.start : shard.stop])
+
+    def _earlier(self, shard: Shard) -> Tensor | None:
+        """Sums over the micro-batches of this step, flat; None for a parameter that none but the last one used."""
+        key = self.zero.get_param_id(self.parameters[shard.name])
+        return self.zero.accumulated_grads_in_cpu[key] if key in self.zero._offload_accumulated_param_ids else None
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for shard in self.trained:
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
+
+    def scale(self, factor: float) -> None:
+        torch._foreach_mul_([gradient_of(home) for home in self.homes()], factor)
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.reset_cpu_buffers()
+        self.zero._offload_accumulated_param_ids.clear()
+        kept = [gradient_of(home) for home in self.homes()] + list(self.zero.accumulated_grads_in_cpu.values())
+        torch._foreach_zero_(kept)
+
+
+class Offloaded3(Stage3):
+    """ZeRO 3 with master weights, moments and summed gradients in host memory.
+
+    The gradient that the optimizer reads is the buffer in which micro-batches add up, where DeepSpeed would copy the
+    one into the other.
+    """
+
+    def __init__(self, engine: Any, table: Table, mesh: Mesh, reduce_dtype: torch.dtype) -> None:
+        super().__init__(engine, table, mesh, reduce_dtype)
+        parts = self.zero.grad_partitions_flat_buffer.split([home.numel() for home in self.homes()])
+        for home, part in zip(self.homes(), parts, strict=True):
+            home.grad = part
+
+    def gradients(self) -> Iterator[GradientFragment]:
+        for shard in self.trained:
+            yield GradientFragment(shard.name, shard.start, shard.stop, shard.of(gradient_of(shard.home)))
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.reset_cpu_buffers()
+
+
+def reduce_what_is_left(zero: Any) -> None:
+    """Makes ZeRO 1 with overlap sum every gradient over ranks: DeepSpeed does so when the last micro-batch reaches the
+    parameter, and forgets those that only earlier ones used."""
+    finish = zero.overlapping_partition_gradients_reduce_epilogue
+
+    def reduce_and_finish() -> None:
+        waiting = {key for bucket in zero.ipg_buckets.values() for *_, key in bucket.params}
+        for group, members in enumerate(zero.bit16_groups):
+            for parameter in members:
+                key = zero.get_param_id(parameter)
+                reduced = zero.params_already_reduced[key] or key in waiting
+                if not reduced and zero.get_gradient_for_reduction(parameter) is not None:
+                    zero.setup_buckets()
+                    zero.reduce_ready_partitions_and_remove_grads(parameter, group)
+        finish()
+
+    zero.overlapping_partition_gradients_reduce_epilogue = reduce_and_finish
+
+
+def _nothing(parameter: Tensor) -> None:
+    pass
 
 
 def reduce_each_in_its_dtype(zero: Any, dtypes: dict[nn.Parameter, torch.dtype]) -> None:

@@ -69,7 +69,7 @@ class BraidForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.model.recompute
+        return bool(self.model.recompute)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

@@ -10,6 +10,8 @@ has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
 (`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
 
+On context ranks the chunk's effect on a state (`ssd_summary`) goes round before the scan.
+
 Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
 the MLP, k convolution taps.
 """
@@ -23,11 +25,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.mamba2 import conv_scan_norm, is_one_kernel
-from model.ops.norm import gated_rms_norm, swiglu
+from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
+from model.ops.ssd_summary import ssd_summary
 from model.params import (
     Block,
     Constant,
@@ -37,6 +51,7 @@ from model.params import (
     Table,
     Uniform,
     allocate_table,
+    local_rows,
     split_evenly,
 )
 
@@ -66,6 +81,7 @@ class Mamba2Config:
     norm_before_gate: bool = False
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -147,6 +163,21 @@ class Mamba2Config:
             state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
         )
 
+    def spreads_norm(self, d_model: int, ranks: int) -> bool:
+        """Whether a group of the norm lies on several tensor ranks."""
+        heads = self.n_heads(d_model)
+        return self.norm and any(heads * rank // ranks % (heads // self.n_groups) for rank in range(ranks))
+
+    def messages(self, dims: Dims) -> list[Message]:
+        rows = local_rows(self.table(dims)["in_proj.weight"], dims.place)
+        messages = [
+            Message("halo", rows["x"] + rows["B"] + rows["C"], reach=self.d_conv - 1),
+            Message("prefix", rows["dt"] * (self.head_dim * self.d_state + 1), per="row", dtype="float32"),
+        ]
+        if self.spreads_norm(dims.d_model, dims.place.size):
+            messages.append(Message("sum_over_tensor", self.n_groups, dtype="float32"))
+        return messages
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba2(self, dims, device)
 
@@ -169,20 +200,29 @@ class Mamba2(nn.Module):
     def __init__(self, config: Mamba2Config, dims: Dims, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.eps = config, dims.norm_eps
-        inner, GN, E = config.ssm_width(dims.d_model), config.n_groups * config.d_state, config.mlp_width(dims.d_model)
-        self.sizes = [*([E, E] if E else []), inner, inner + 2 * GN, config.n_heads(dims.d_model)]
-        self.conv_sizes = [inner, GN, GN]
+        H, G, place = config.n_heads(dims.d_model), config.n_groups, dims.place
+        rows = local_rows(config.table(dims)["in_proj.weight"], place)
+        self.conv_sizes = [rows["x"], rows["B"], rows["C"]]
+        beside = [rows[name] for name in ("z0", "x0") if name in rows]
+        self.sizes = [*beside, rows["z"], sum(self.conv_sizes), rows["dt"]]
+        self.heads_per_group = H // G
+        self.groups, self.group_of = even_groups(H, G, place)
+        # Of each head, where a group of the norm lies on several tensor ranks.
+        first = H * place.rank // place.size
+        spread = config.spreads_norm(dims.d_model, place.size)
+        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if spread else None
         self.in_proj, self.out_proj = Projection(), Projection()
-        self.mlp_out = Projection() if E else None
+        self.mlp_out = Projection() if beside else None
         self.register_parameter("conv_bias", None)
         self.register_parameter("norm_weight", None)
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
         cfg = self.config
-        documents = None if ctx.documents.single and state is None else ctx.documents.index
+        alone = ctx.documents.single and state is None and not ctx.spread
+        documents = None if alone else ctx.documents.index
         projected = self.in_proj(u)
-        if self._is_one_kernel(projected, documents is not None, state is not None or ctx.carry):
+        if self._is_one_kernel(projected, documents is not None, ctx.spread or state is not None or ctx.carry):
             return LayerOutput(self.out_proj(self._conv_scan_norm(projected, documents)))
         *beside, z, xBC, dt = projected.split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
@@ -190,27 +230,34 @@ class Mamba2(nn.Module):
             self.conv_weight,
             self.conv_bias,
             documents=documents,
-            state=None if state is None else state.conv,
+            state=inputs_before(xBC, cfg.d_conv, ctx) if state is None else state.conv,
             activation="silu",
             return_state=ctx.carry,
         )
-        x, B, C = xBC.split(self.conv_sizes, dim=-1)
+        x, *BC = xBC.split(self.conv_sizes, dim=-1)
+        B, C = (part.unflatten(-1, (self.groups, -1)) for part in BC)
+        if self.group_of is not None:
+            B, C = B[:, :, self.group_of], C[:, :, self.group_of]
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if cfg.dt_limit is not None:
             dt = dt.clamp(*cfg.dt_limit)
+        x, A = x.unflatten(-1, (-1, cfg.head_dim)), -torch.exp(self.A_log)
+        entering = None if state is None else state.ssm
+        if ctx.spread:
+            entering = ctx.mesh.prefix(*ssd_summary(x, dt, A, B, ctx.documents.index))
         y, ssm = ssd(
-            x.unflatten(-1, (-1, cfg.head_dim)),
+            x,
             dt,
-            -torch.exp(self.A_log),
-            B.unflatten(-1, (cfg.n_groups, -1)),
-            C.unflatten(-1, (cfg.n_groups, -1)),
+            A,
+            B,
+            C,
             D=self.D,
             documents=documents,
-            initial_state=None if state is None else state.ssm,
+            initial_state=entering,
             chunk=cfg.chunk,
             return_state=ctx.carry,
         )
-        y = self.out_proj(self._gate(y.flatten(2), z))
+        y = self.out_proj(self._gate(y.flatten(2), z, ctx))
         if self.mlp_out is not None:
             y = y + self.mlp_out(swiglu(*beside))
         return LayerOutput(y, Mamba2State(conv, ssm) if ctx.carry else None)
@@ -222,6 +269,7 @@ class Mamba2(nn.Module):
             documents=documents,
             state=state,
             mlp=self.mlp_out is not None,
+            shared=self.group_of is not None or self.norm_group_of is not None,
             head_dim=self.config.head_dim,
             taps=taps,
             channels=channels,
@@ -239,14 +287,17 @@ class Mamba2(nn.Module):
             self.eps,
             documents=documents,
             head_dim=self.config.head_dim,
-            groups=self.config.n_groups,
+            groups=self.groups,
             chunk=self.config.chunk,
             dt_limit=self.config.dt_limit,
             norm_before_gate=self.config.norm_before_gate,
         )
 
-    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+    def _gate(self, y: Tensor, z: Tensor, ctx: Context) -> Tensor:
         if self.norm_weight is None:
             return swiglu(z, y)
         first = self.config.norm_before_gate
-        return gated_rms_norm(y, z, self.norm_weight, self.eps, self.config.n_groups, norm_before_gate=first)
+        if self.norm_group_of is None:
+            return gated_rms_norm(y, z, self.norm_weight, self.eps, self.groups, norm_before_gate=first)
+        spread = Spread(self.norm_group_of, self.config.n_groups, self.heads_per_group, ctx.mesh.sum_over_tensor)
+        return spread_gated_rms_norm(y, z, self.norm_weight, self.eps, spread, norm_before_gate=first)

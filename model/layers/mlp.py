@@ -37,6 +37,7 @@ class MLPConfig:
     gated: bool = True
     kind: Literal["mlp"] = "mlp"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     def check(self, d_model: int) -> None:
         require(self.d_hidden > 0, "d_hidden", self.d_hidden, "a positive width")
@@ -73,7 +74,7 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         self.up, self.down = Projection(), Projection()
-        allocate_table(self, config.table(dims), device)
+        allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, x: Tensor, ctx: Context, state: None = None) -> LayerOutput:
         return LayerOutput(self.down(self._activate(self.up(x))))

@@ -5,7 +5,8 @@
 Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,6 +30,15 @@ CHUNK = 2**22  # logits at a time on a CPU: 16 MiB in float32
 TILE = 128  # tokens: matmuls take whole tiles of them
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The part of the vocabulary that a tensor rank holds: its first id, and how to gather (n,) of all ranks into
+    (ranks, n)."""
+
+    first: int
+    gather: Callable[[Tensor], Tensor]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -37,16 +47,20 @@ def linear_cross_entropy(
     vocab_size: int,
     dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """hidden: (B, T, D). weight: (V_padded, D), of which the rows from `vocab_size` on are padding: they have no
     probability and no gradient. targets: (B, T) int64, IGNORE (-100) where nothing is predicted. dtype: of the matmuls,
     hidden's unless given; the softmax is float32. z_loss: weight of logsumexp^2, added to each token's loss.
 
+    part: weight and vocab_size are of this rank's part of the vocabulary, hidden and targets the same on all ranks.
+    Each returns the loss over the whole vocabulary, and the gradient of hidden is a part of a sum over ranks.
+
     Returns (B, T) float32 (float64 for a float64 dtype), 0 where ignored. The backward computes the logits again,
     chunk by chunk of tokens, so that any gradient per token is exact.
     """
     assert 0 < vocab_size <= weight.shape[0], f"vocab_size {vocab_size} for a weight of {weight.shape[0]} rows"
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype or hidden.dtype, z_loss)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype or hidden.dtype, z_loss, part)
 
 
 def linear_cross_entropy_reference(
@@ -63,9 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # The parameter itself is saved, as F.linear does: under ZeRO-3 it is gathered again before backward.
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float):
+    def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part):
         wide = wide_dtype(dtype)
-        h, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), targets.flatten()
+        h, (t, away) = (
+            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+            _local_targets(targets.flatten(), vocab_size, part),
+        )
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
@@ -80,12 +97,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 top = logits.copy_(raw).amax(-1, keepdim=True)
                 total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
                 lse[rows] = total.log_().add_(top).squeeze(1)
-            nll[rows] = lse[rows] - aimed
+            nll[rows] = aimed
+        if part is not None and away is not None:
+            lse = part.gather(lse).logsumexp(0)
+            nll = part.gather(nll.masked_fill_(away, 0)).sum(0)
+        nll = torch.sub(lse, nll, out=nll)
         if z_loss:
             nll.addcmul_(lse, lse, value=z_loss)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.vocab_size, ctx.dtype, ctx.z_loss, ctx.fast = vocab_size, dtype, z_loss, fast
-        return nll.masked_fill_(t == IGNORE, 0).view(targets.shape)
+        ctx.vocab_size, ctx.dtype, ctx.z_loss, ctx.fast, ctx.part = vocab_size, dtype, z_loss, fast, part
+        return nll.view(targets.shape).masked_fill_(targets == IGNORE, 0)
 
     @staticmethod
     @once_differentiable
@@ -96,6 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = _multiplied(weight, vocab_size, fast).to(dtype)
         g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
+        t, away = _local_targets(t, vocab_size, ctx.part)
+        if away is not None:
+            g = g.masked_fill(away, 0)
         dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
         part = torch.empty_like(w)
@@ -110,7 +134,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 raw.copy_(d)
             dh.view(-1, dh.shape[-1])[rows] = raw @ w
             dw[: len(w)] += torch.mm(raw.t(), h[rows], out=part)
-        return dh, dw.to(weight.dtype), None, None, None, None
+        return dh, dw.to(weight.dtype), None, None, None, None, None
+
+
+def _local_targets(t: Tensor, vocab_size: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor | None]:
+    """Targets as rows of this rank's part, and where they lie in another's; those are clamped into the part."""
+    if part is None:
+        return t, None
+    local = t - part.first
+    return local.clamp(0, vocab_size - 1), (local < 0) | (local >= vocab_size)
 
 
 class Softmax(Protocol):

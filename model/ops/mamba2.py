@@ -23,17 +23,18 @@ declare(
         module="mamba_ssm causal_conv1d",
         device="cuda",
     ),
-    Backend("composed", frozenset({"documents", "state", "mlp"})),
+    Backend("composed", frozenset({"documents", "state", "mlp", "shared"})),
 )
 PARTS = ("conv", "ssd", "norm", "activation")
 
 
 def is_one_kernel(
-    x: Tensor, *, documents: bool, state: bool, mlp: bool, head_dim: int, taps: int, channels: int
+    x: Tensor, *, documents: bool, state: bool, mlp: bool, shared: bool, head_dim: int, taps: int, channels: int
 ) -> bool:
     """Whether `conv_scan_norm` serves this call, of a projection x; where the recipe names a backend of one of its
-    parts, that part is called by itself."""
-    given = {"documents": documents, "state": state, "mlp": mlp}
+    parts, that part is called by itself. state: one comes in or goes out. mlp: a gated one is beside the state space.
+    shared: groups of B and C or of the norm lie on several tensor ranks."""
+    given = {"documents": documents, "state": state, "mlp": mlp, "shared": shared}
     needs = [name for name, wanted in given.items() if wanted]
     sizes = {"head_dim": head_dim, "taps": taps, "channels": channels}
     named = any(requested(op) != "auto" for op in PARTS) and requested("mamba2") == "auto"

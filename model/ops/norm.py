@@ -11,7 +11,8 @@ CUDA in one kernel each way (`norm_triton.py`).
 Legend: n rows (all leading dimensions together), D width, M groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,37 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
         return TritonSwiGLU.apply(gate, up)
     return (_NativeSwiGLU if name == "native" else _SwiGLU).apply(gate, up)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the groups of a norm lie when their channels are spread over tensor ranks, head by head.
+
+    group_of: number of the group of each head that this rank holds. groups: in all. heads_per_group: likewise. total:
+    the sum over the tensor ranks, for all of them.
+    """
+
+    group_of: Sequence[int]
+    groups: int
+    heads_per_group: int
+    total: Callable[[Tensor], Tensor]
+
+
+def spread_gated_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, spread: Spread, *, norm_before_gate: bool = False
+) -> Tensor:
+    """`gated_rms_norm` of the channels that a tensor rank holds, with the statistics of whole groups. x, z: (B, T, D'),
+    weight: (D',)."""
+    wide = wide_dtype(x.dtype)
+    gate, h = F.silu(z.to(wide)), x.to(wide)
+    h = h if norm_before_gate else gate * h
+    heads = h.unflatten(-1, (len(spread.group_of), -1))
+    group = torch.tensor(spread.group_of, device=x.device)
+    squares = heads.square().sum(-1)
+    sums = spread.total(squares.new_zeros(*squares.shape[:-1], spread.groups).index_add(-1, group, squares))
+    scale = torch.rsqrt(sums / (spread.heads_per_group * heads.shape[-1]) + eps)
+    h = (heads * scale.index_select(-1, group)[..., None]).flatten(-2) * weight.to(wide)
+    return (h * gate if norm_before_gate else h).to(x.dtype)
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -135,6 +135,28 @@ def test_recomputation_changes_nothing(values: dict):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@compositions
+@pytest.mark.parametrize("letters", ["M", "*-", "M*-WYS"])
+def test_recomputation_by_letters(values: dict, letters: str):
+    """Only blocks that hold a layer of these letters run twice, and no bit of a gradient changes; a block that ran once
+    more would cost its time, one that ran once less its memory."""
+    model = built(**values)
+    tokens, starts = tokens_and_starts([9, 12])
+    runs: dict[nn.Module, int] = {}
+    for block in {*model.blocks}:
+        block.register_forward_pre_hook(lambda block, _: runs.update({block: runs.get(block, 0) + 1}))
+    counted, gradients = [], []
+    for model.recompute in (False, letters):
+        runs.clear()
+        model.zero_grad()
+        model(tokens, starts, tokens.roll(-1, 1)).nll.sum().backward()
+        counted.append(dict(runs))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for block, held in zip(model.blocks, model.config.blocks, strict=True):
+        assert counted[1][block] == counted[0][block] * (2 if {*letters} & {*held} else 1)
+
+
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
 def test_a_gate_keeps_the_dtypes(residual: torch.dtype):
     """A float32 gate on a bfloat16 branch leaves the residual stream in its dtype and gets a float32 gradient."""

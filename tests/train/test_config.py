@@ -12,6 +12,8 @@ from launch.recipes import FOLDER, shipped
 from model.hybrid import parameter_count
 from train import config
 from train.config import ConfigError, Recipe, load_recipe
+from train.muon import MuonConfig
+from train.optim import AdamWConfig
 from train.schedule import WSD, Cosine
 
 TINY = FOLDER / "tiny.toml"
@@ -57,11 +59,18 @@ def test_a_section_of_another_kind_replaces_the_old_one():
     )
 
 
+def test_an_optimizer_without_a_kind_is_adamw():
+    """Recipes from before there was another one go on as they were; one word makes Muon of them."""
+    assert load_recipe(TINY).optimizer == AdamWConfig(3e-3)
+    assert load_recipe(TINY, ["optimizer.kind=muon", "parallel.zero_stage=0"]).optimizer == MuonConfig(3e-3)
+
+
 def test_derived_numbers():
     training = load_recipe(TINY, ["training.compute_dtype=bfloat16"]).training
     assert training.tokens_per_step == training.rows_per_step * training.sequence_length
     assert training.precision.compute is torch.bfloat16
     assert training.precision.residual is training.reduction is torch.float32
+    assert load_recipe(TINY, ["training.checkpoint_blocks=-M"]).training.checkpoint_blocks == "-M"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,17 @@ def test_derived_numbers():
         ("training.backends.ssd=cuda", "training.backends.ssd: got 'cuda', wants auto or one of mamba_ssm, native"),
         ("training.backends.sdd=torch", "training.backends.sdd: got 'torch' for an unknown op, wants one of activ"),
         ("parallel.zero_stage=4", "parallel.zero_stage: got 4, wants one of 0, 1, 2, 3"),
+        ("parallel.offload_optimizer=1", "parallel.offload_optimizer: got 1, wants true or false"),
+        ("parallel.hpz_ranks=2", "parallel.hpz_ranks: got 2, wants none, or zero_stage 3"),
+        ("parallel.overlap=yes", "parallel.overlap: got 'yes', wants true or false or none"),
+        (
+            "training.checkpoint_blocks=MX",
+            "training.checkpoint_blocks: got 'MX', wants true, false, or some of th",
+        ),
+        (
+            'training.checkpoint_blocks=""',
+            "training.checkpoint_blocks: got '', wants true, false, or letters of th",
+        ),
         ("parallel.device=gpu", "parallel.device: got 'gpu', wants one of auto, cpu, cuda"),
         ("parallel.buckets.live=0", "parallel.buckets.live: got 0, wants a positive number of elements"),
         ("parallel.timeout_s=0", "parallel.timeout_s: got 0.0, wants a positive number of seconds"),
@@ -92,7 +112,11 @@ def test_derived_numbers():
         ("generation.temperature=-1", "generation.temperature: got -1.0, wants 0 (greedy) or more"),
         ("logging.wandb_mode=on", "logging.wandb_mode: got 'on', wants one of online, offline"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: got 0.0, wants a positive number"),
-        ("optimizer.kind=sgd", "optimizer.kind: got 'sgd', wants adamw"),
+        ("optimizer.kind=sgd", "optimizer.kind: got 'sgd', wants one of adamw, muon"),
+        ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; optimizer has learning_rate, betas, eps, weight"),
+        ('optimizer={kind="muon"}', "optimizer.learning_rate: missing, wants a number"),
+        ('optimizer={kind="muon", learning_rate=1.0, momentum=1.0}', "optimizer.momentum: got 1.0, wants a number in"),
+        ('optimizer={kind="muon", learning_rate=1.0, ns_step=5}', "optimizer.ns_step: unknown key for kind muon; did"),
         ("name=a/b", "name: got 'a/b', wants a folder name of letters, digits, '.', '_' and '-'"),
         ("seed=-1", "seed: got -1, wants an integer that is not negative"),
         ("model.layers.M.kind=mamba3", "model.layers.M.kind: got 'mamba3', wants one of mamba2, "),
@@ -109,6 +133,21 @@ def test_a_wrong_value_names_its_key_and_what_is_right(override: str, line: str)
 def test_sections_that_do_not_fit_together_are_refused():
     assert "schedule.decay_tokens: got 99999, wants at most 8192 with the 819 of warm-up" in refused(
         "schedule.decay_tokens=99999"
+    )
+    assert "parallel.offload_optimizer: got True, wants false, or zero_stage 1, 2 or 3" in refused(
+        "parallel.zero_stage=0", "parallel.offload_optimizer=true"
+    )
+    assert "parallel.hpz_ranks: got 1, wants 2 or more ranks, or none" in refused(
+        "parallel.zero_stage=3", "parallel.hpz_ranks=1"
+    )
+    assert "parallel.hpz_ranks: got 2, wants none beside tensor ranks" in refused(
+        "parallel.zero_stage=3", "parallel.hpz_ranks=2", "parallel.tensor=2"
+    )
+    with pytest.raises(ConfigError, match=r"parallel\.hpz_ranks: got 3, wants a divisor of the 8 ranks: 2"):
+        load_recipe(TINY, ["parallel.zero_stage=3", "parallel.hpz_ranks=3"]).check_ranks(8)
+    assert refused("optimizer.kind=muon", "parallel.zero_stage=2") == (
+        "command line: parallel.zero_stage: got 2, wants 0: optimizer.kind muon orthogonalises whole matrices, "
+        "which this stage flattens and cuts"
     )
     with pytest.raises(ConfigError, match=r"training\.rows_per_step: got 8, wants a multiple of the 3 ranks"):
         load_recipe(TINY).check_ranks(3)

@@ -44,7 +44,7 @@ def train_on_the_gpu() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[dict[str, Any]]]:
-    return run_ranks(train_on_the_gpu, 1, cuda=True, timeout_s=300)[0]
+    return run_ranks(train_on_the_gpu, 1, gpus="0", timeout_s=300)[0]
 
 
 @pytest.mark.parametrize("name", RUNS)

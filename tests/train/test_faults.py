@@ -106,10 +106,12 @@ def facts(lines: list[dict]) -> list[tuple]:
 
 
 def test_another_layout_at_every_resume(workplace: Path, whole: list[dict]) -> None:
-    """Faults 11 and 15: two ranks, one, two; ZeRO 1, 3, 0: the same batches, losses up to the order of additions."""
-    plan = [(2, 1, "stop", 6), (1, 3, "stop", 12), (2, 0, "", 0)]
-    for ranks, stage, fault, step in plan:
-        overrides = settings("moved", f"parallel.zero_stage={stage}")
+    """Faults 11 and 15: two ranks, one, two; ZeRO 1, 3 with its optimizer in host memory, 0: the same batches,
+    losses up to the order of additions."""
+    plan = [(2, 1, "false", "stop", 6), (1, 3, "true", "stop", 12), (2, 0, "false", "", 0)]
+    for ranks, stage, offload, fault, step in plan:
+        layout = [f"parallel.zero_stage={stage}", f"parallel.offload_optimizer={offload}"]
+        overrides = settings("moved", *layout)
         ends = run_ranks(train_with, ranks, str(workplace), overrides, fault, step)
         assert ends == [f"exit {75 if fault else 0}"] * ranks
     run = workplace / "runs" / "moved"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.params import Block, Constant, ParamSpec, Split, local_layout, split_evenly
+from model.params import Block, Constant, ParamSpec, Place, Split, local_layout, split_evenly
 from train.health import GradientFragment, Health, TrainingHealthError, clip_coefficient, sum_of_squares
 
 FUSED = ParamSpec(
@@ -33,9 +33,7 @@ class FakeEngine:
 
 
 def fake_mesh(tensor_rank: int = 0, tensor_size: int = 1):
-    return SimpleNamespace(
-        tensor_rank=tensor_rank, tensor_size=tensor_size, device=torch.device("cpu"), sum_=lambda x: x
-    )
+    return SimpleNamespace(place=Place(tensor_rank, tensor_size), device=torch.device("cpu"), sum_=lambda x: x)
 
 
 def logical_gradients() -> dict[str, torch.Tensor]:

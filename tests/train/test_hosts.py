@@ -17,7 +17,7 @@ from tests.train.runs import ROOT, braid, curve, events, write_corpus
 from train.network import choose_interface, spans_hosts
 from train.stop import EXIT_STALLED, EXIT_STOPPED
 
-STEPS, PER_STEP, PORT = 12, 8 * 64, 29501
+STEPS, PER_STEP, PORT, TIMEOUT_S = 60, 8 * 64, 29501, 60
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +30,46 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(workplace: Path) -> list[tuple]:
+    """What two ranks of one host record, never disturbed."""
+    braid("train", "tiny", "--nproc", "2", *settings("alone"), cwd=workplace)
+    return facts(workplace, "alone")
+
+
 @pytest.fixture
 def hosts(workplace: Path) -> Iterator[tuple[Host, Host]]:
     with two_hosts() as made:
         yield made
 
 
-def settings(name: str, *overrides: str) -> list[str]:
+def settings(name: str, *more: str) -> list[str]:
     return [
         f"name={name}",
+        f"training.tokens={STEPS * PER_STEP}",
+        f"parallel.timeout_s={TIMEOUT_S}",
         "parallel.zero_stage=3",
         "training.compute_dtype=float32",
-        f"checkpoints.every_tokens={2 * PER_STEP}",
-        *overrides,
+        f"checkpoints.every_tokens={4 * PER_STEP}",
+        *more,
     ]
 
 
-def by_braid(
-    hosts: tuple[Host, Host], workplace: Path, name: str, *overrides: str, restarts: int = 0
-) -> list[subprocess.Popen[bytes]]:
+def facts(workplace: Path, name: str) -> list[tuple]:
+    """What must be equal bit for bit."""
+    lines = curve(workplace / "runs" / name)
+    return [(line["step"], line["batch_hash"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def by_braid(hosts: tuple[Host, Host], workplace: Path, name: str, restarts: int = 0) -> list[subprocess.Popen[bytes]]:
     """The same command on both hosts."""
     command = [sys.executable, "-m", "launch", "train", "tiny", "--nodes", "2", "--restarts", str(restarts)]
-    command += ["--rendezvous", f"{hosts[0].address}:{PORT}", *settings(name, *overrides)]
+    command += ["--rendezvous", f"{hosts[0].address}:{PORT}", *settings(name)]
     return [host.start(command, workplace, workplace / f"{name}-{host.name}.log") for host in hosts]
 
 
 def by_torchrun(
-    hosts: tuple[Host, Host], workplace: Path, name: str, *overrides: str, restarts: int = 0
+    hosts: tuple[Host, Host], workplace: Path, name: str, restarts: int = 0
 ) -> list[subprocess.Popen[bytes]]:
     """One agent a host with one rank each, as a user would start them by hand."""
     agents = []
@@ -65,22 +78,27 @@ def by_torchrun(
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].address}:{PORT}", f"--rdzv-id={name}"]
         command += [f"--rdzv-conf=is_host={int(host is hosts[0])}", f"--local-addr={host.address}"]
         command += [f"--max-restarts={restarts}", "--monitor-interval=0.2"]
-        command += ["-m", "train", str(ROOT / "launch/recipes/tiny.toml"), *settings(name, *overrides)]
+        command += ["-m", "train", str(ROOT / "launch/recipes/tiny.toml"), *settings(name)]
         log = workplace / f"{name}-{host.name}.log"
         agents.append(host.start(command, workplace, log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     return agents
 
 
 def wait_for(workplace: Path, name: str, step: int, agents: list[subprocess.Popen[bytes]]) -> None:
+    """Returns when the run has recorded `step`."""
+    until(lambda: len(curve(workplace / "runs" / name)) >= step, workplace, name, agents)
+
+
+def until(happened: Callable[[], bool], workplace: Path, name: str, agents: list[subprocess.Popen[bytes]]) -> None:
     for _ in range(6000):
-        if len(curve(workplace / "runs" / name)) >= step:
+        if happened():
             return
         try:
             agents[0].wait(0.02)
         except subprocess.TimeoutExpired:
             continue
         break
-    raise AssertionError(f"the run never recorded step {step}: {said(workplace, name, 'host-a')[-4000:]}")
+    raise AssertionError(f"the run ended or took too long: {said(workplace, name, 'host-a')[-4000:]}")
 
 
 def said(workplace: Path, name: str, host: str) -> str:
@@ -94,47 +112,66 @@ def rank_below(agent: subprocess.Popen[bytes]) -> int:
     return rank
 
 
-def test_a_run_over_two_hosts_trains_as_on_one(workplace: Path, hosts: tuple[Host, Host]) -> None:
-    """Host names that no name server knows, and nobody told gloo which interface to take."""
-    tokens = f"training.tokens={STEPS * PER_STEP}"
-    agents = by_braid(hosts, workplace, "both", tokens)
+def test_a_run_over_two_hosts_trains_as_on_one(workplace: Path, hosts: tuple[Host, Host], alone: list[tuple]) -> None:
+    """Host names that no name server knows, and nobody told gloo which interface to take. The same ranks, the same
+    bits."""
+    agents = by_braid(hosts, workplace, "both")
     assert [agent.wait(240) for agent in agents] == [0, 0], said(workplace, "both", "host-b")[-4000:]
-    whole = ("name=alone", "parallel.zero_stage=3", "training.compute_dtype=float32", tokens)
-    braid("train", "tiny", "--nproc", "2", *whole, cwd=workplace)
-    ours, theirs = (curve(workplace / "runs" / name) for name in ("both", "alone"))
-    assert [line["batch_hash"] for line in ours] == [line["batch_hash"] for line in theirs]
-    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs], "the same ranks, the same bits"
+    assert facts(workplace, "both") == alone
 
 
-def test_a_host_that_dies_is_named(workplace: Path, hosts: tuple[Host, Host]) -> None:
-    """The other host must not wait for ever, nor leave its reader to guess which of a thousand hosts it was."""
-    agents = by_torchrun(hosts, workplace, "dies", "training.tokens=51200000")
-    wait_for(workplace, "dies", 3, agents)
+@pytest.mark.slow
+def test_two_ranks_a_host_with_hpz(workplace: Path, hosts: tuple[Host, Host]) -> None:
+    """Each host keeps a second copy of the weights: the same bits as four ranks of one host without it."""
+    command = [sys.executable, "-m", "launch", "train", "tiny", "--nodes", "2", "--nproc", "2"]
+    command += ["--rendezvous", f"{hosts[0].address}:{PORT}", *settings("four", "parallel.hpz_ranks=2")]
+    agents = [host.start(command, workplace, workplace / f"four-{host.name}.log") for host in hosts]
+    assert [agent.wait(240) for agent in agents] == [0, 0], said(workplace, "four", "host-b")[-4000:]
+    assert "ZeRO 3, weights twice in groups of 2" in said(workplace, "four", "host-a")
+    braid("train", "tiny", "--nproc", "4", *settings("four-alone"), cwd=workplace)
+    assert facts(workplace, "four") == facts(workplace, "four-alone")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["host", "rank"])
+def test_who_died_is_named(workplace: Path, hosts: tuple[Host, Host], whole: bool) -> None:
+    """A host with all that runs on it, or its rank alone: the other host must not wait for ever, nor leave its
+    reader to guess which of a thousand hosts it was."""
+    name = "dead-host" if whole else "dead-rank"
+    agents = by_torchrun(hosts, workplace, name)
+    wait_for(workplace, name, 3, agents)
     victim = rank_below(agents[1])
-    os.killpg(agents[1].pid, signal.SIGKILL)
+    if whole:
+        os.killpg(agents[1].pid, signal.SIGKILL)
     os.kill(victim, signal.SIGKILL)
-    assert agents[0].wait(120) != 0
-    log = said(workplace, "dies", "host-a")
+    assert agents[0].wait(TIMEOUT_S) != 0
+    log = said(workplace, name, "host-a")
     assert f"rank 1 (process {victim} on host-b) died or does not answer" in log, log[-4000:]
     assert f"exitcode  : {EXIT_STALLED}" in log, log[-4000:]
+    assert agents[1].wait(TIMEOUT_S) != 0
 
 
 @pytest.mark.parametrize("launcher", [by_braid, by_torchrun])
-def test_a_dead_rank_is_started_again(workplace: Path, hosts: tuple[Host, Host], launcher: Callable[..., Any]) -> None:
-    """--restarts, --max-restarts: all ranks come back from the last checkpoint and finish. Asked to stop, they stop."""
+def test_a_dead_rank_is_started_again(
+    workplace: Path, hosts: tuple[Host, Host], alone: list[tuple], launcher: Callable[..., Any]
+) -> None:
+    """--restarts, --max-restarts: all ranks come back from the last checkpoint and go on where an undisturbed run would
+    be, to the end. Asked to stop on the way, they stop."""
     name = launcher.__name__
-    agents = launcher(hosts, workplace, name, "training.tokens=51200000", restarts=3)
+    agents = launcher(hosts, workplace, name, restarts=3)
     wait_for(workplace, name, 5, agents)
     os.kill(rank_below(agents[1]), signal.SIGKILL)
     run = workplace / "runs" / name
-    agents[0].poll()
-    wait_for(workplace, name, len(curve(run)) + 20, agents)
-    assert min(event["step"] for event in events(run, "resumed")) >= 2
-    if launcher is by_braid:
+    until(lambda: bool(events(run, "resumed")), workplace, name, agents)
+    stops = launcher is by_braid
+    if stops:
+        wait_for(workplace, name, events(run, "resumed")[0]["step"] + 5, agents)
         agents[1].send_signal(signal.SIGTERM)
-        assert [agent.wait(120) for agent in agents] == [EXIT_STOPPED] * 2, said(workplace, name, "host-a")[-4000:]
-    steps = [line["step"] for line in curve(run)]
-    assert steps == list(range(1, len(steps) + 1))
+    wanted = EXIT_STOPPED if stops else 0
+    assert [agent.wait(120) for agent in agents] == [wanted] * 2, said(workplace, name, "host-a")[-4000:]
+    assert min(event["step"] for event in events(run, "resumed")) >= 4
+    recorded = facts(workplace, name)
+    assert recorded == alone[: len(recorded)]
+    assert stops or len(recorded) == STEPS
 
 
 def test_an_interface_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Routed experts in real runs: the balancing bias follows global counts in any layout, and comes back exactly."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from model.weights.reader import Checkpoint
 from tests.ranks import run_ranks
-from tests.train.runs import braid, curve, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import braid, curve, events, kill_group, start, wait_for_step, write_corpus
 
 STEPS, PER_STEP = 8, 8 * 64
 LAYERS = (
@@ -112,3 +113,32 @@ def test_a_skipped_update_moves_no_bias(workplace: Path):
     (seen,) = run_ranks(train_poisoned, 1, str(workplace), overrides)
     assert seen[1] == seen[2] != seen[3]
     assert [line["updated"] for line in curve(workplace / "runs" / "poisoned")][:4] == [True, True, False, True]
+
+
+def experts(name: str, *overrides: str, ranks: int) -> list[str]:
+    steps = (f"training.tokens={STEPS * PER_STEP}", f"checkpoints.every_tokens={4 * PER_STEP}")
+    return ["train", "tiny-moe-mamba", "--nproc", str(ranks), f"name={name}", *steps, *overrides]
+
+
+def test_experts_on_two_ranks_train_as_on_one_process(workplace: Path):
+    """The recipe of MoE-Mamba, capacity counted over micro-batches of the same rows: the curve of one process, and a
+    run goes on with its experts dealt otherwise."""
+    spread, run = ("parallel.expert=2", "parallel.zero_stage=2"), workplace / "runs" / "spread"
+    braid(*experts("together", ranks=1), cwd=workplace)
+    expected = curve(workplace / "runs" / "together")
+    braid(*experts("spread", *spread, ranks=2), cwd=workplace)
+    first = curve(run)
+    shutil.rmtree(sorted((run / "checkpoints").glob("tokens-*"))[-1])  # as if killed after half of the steps
+    braid(*experts("spread", ranks=1), cwd=workplace)
+    assert [event["step"] for event in events(run, "resumed")] == [STEPS // 2]
+    for ours, resumed, theirs in zip(first, curve(run), expected, strict=True):
+        for line in (ours, resumed):
+            assert line["batch_hash"] == theirs["batch_hash"]
+            assert line["layers.1.expert_load"] == theirs["layers.1.expert_load"]
+            assert line["layers.1.dropped"] == theirs["layers.1.dropped"]
+            assert abs(line["loss"] - theirs["loss"]) <= 1e-5 * theirs["loss"]
+            assert abs(line["grad_norm"] - theirs["grad_norm"]) <= 1e-4 * theirs["grad_norm"]
+    assert max(line["layers.1.dropped"] for line in expected) > 0
+    said = braid(*experts("alone", *spread, ranks=1), cwd=workplace, check=False)
+    assert said.returncode == 2
+    assert "parallel.expert: got 2, which does not divide the 1 data ranks; wants 1" in said.stderr

@@ -1,7 +1,8 @@
 """A tiny model with everything that ZeRO can stumble over, and the training that every layout must reproduce.
 
 Tied embedding and head (padded rows included), direct parameters of a module, a custom autograd Function that saves a
-weight, odd sizes, recomputed blocks, a parameter that some steps do not use, a frozen parameter and a buffer.
+weight, odd sizes, recomputed blocks, a parameter that some steps or micro-batches do not use, a frozen parameter and a
+buffer.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model.params import Constant, Normal, ParamSpec, Table, allocate_table, initialise
 from train.engine import Engine, ZeroOptions
 from train.health import Health
-from train.optim import AdamWConfig, build_optimizer, parameter_groups
+from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
 from train.parallel import Mesh
 
 VOCAB, WIDTH, INNER, LAYERS = 11, 6, 7, 2
@@ -125,8 +126,8 @@ def micro_batches(step: int, rank: int, size: int, accumulation: int) -> list[Mi
     targets[: ROWS // 3] = -100
     valid = int((targets != -100).sum())
     mine = torch.arange(ROWS).view(accumulation, size, -1)[:, rank]
-    late = accumulation > 1 and step == 2
-    uses = [step != 3 and not (late and number == 0) for number in range(accumulation)]
+    unused = {1: accumulation - 1, 2: 0}.get(step) if accumulation > 1 else None
+    uses = [step != 3 and number != unused for number in range(accumulation)]
     return [Micro(tokens[rows], targets[rows], valid, use) for rows, use in zip(mine, uses, strict=True)]
 
 
@@ -134,10 +135,15 @@ def learning_rate(step: int) -> float:
     return OPTIMIZER.learning_rate * (step + 1) / STEPS
 
 
-def reference(accumulation: int, dtype: torch.dtype = torch.float32, skip: int | None = None) -> list[dict]:
+def reference(
+    accumulation: int,
+    dtype: torch.dtype = torch.float32,
+    skip: int | None = None,
+    config: OptimizerConfig = OPTIMIZER,
+) -> list[dict]:
     """The same training by plain torch on one process: gradients, norm and weights of each step."""
     model, table = Tiny(dtype=dtype), tiny_table()
-    optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), table, OPTIMIZER.weight_decay))
+    optimizer = build_optimizer(config, parameter_groups(model.named_parameters(), table, config.weight_decay))
     record = []
     for step in range(STEPS):
         for micro in micro_batches(step, 0, 1, accumulation):
@@ -159,12 +165,19 @@ def reference(accumulation: int, dtype: torch.dtype = torch.float32, skip: int |
 
 
 def start_engine(
-    mesh: Mesh, stage: int, *, persistent: int = 0, recompute: bool = False, dtype: torch.dtype = torch.float32, **more
+    mesh: Mesh,
+    stage: int,
+    *,
+    persistent: int = 0,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    **more,
 ) -> Engine:
     """The tiny model under a stage, with buckets so small that every way through DeepSpeed is taken."""
     options = ZeroOptions(reduce_bucket=60, gather_bucket=50, prefetch=40, persistent=persistent, sub_group=50)
     model = Tiny(recompute, dtype)
-    return Engine(model, tiny_table(), OPTIMIZER, zero_stage=stage, mesh=mesh, options=options, **more)
+    return Engine(model, tiny_table(), optimizer, zero_stage=stage, mesh=mesh, options=options, **more)
 
 
 def snapshot(engine: Engine) -> list[tuple[str, int, int, dict[str, Tensor]]]:
@@ -178,8 +191,7 @@ def run_step(engine: Engine, step: int, accumulation: int, poison: bool = False)
     for number, micro in enumerate(micros):
         last = number == len(micros) - 1
         call = engine.module if number % 2 else engine  # both ways of calling the model must do
-        tokens, targets = micro.tokens.to(mesh.device), micro.targets.to(mesh.device)
-        loss = call(tokens, targets, micro.rare)["nll"] / micro.valid
+        loss = call(micro.tokens.to(mesh.device), micro.targets.to(mesh.device), micro.rare)["nll"] / micro.valid
         engine.backward(loss * math.nan if poison and last and mesh.rank == mesh.size - 1 else loss, last)
 
 

@@ -34,14 +34,14 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def layouts(engine: Engine) -> dict[str, LocalLayout]:
     """Where each logical parameter lies in this rank's local tensor."""
     mesh = engine.mesh
-    return {name: local_layout(spec, mesh.tensor_rank, mesh.tensor_size) for name, spec in engine.table.items()}
+    return {name: local_layout(spec, *mesh.place) for name, spec in engine.table.items()}
 
 
 def saved_shapes(engine: Engine) -> dict[TensorKey, tuple[int, ...]]:
     """`(kind, name)` -> logical shape of everything that the ranks together save."""
     shapes: dict[TensorKey, tuple[int, ...]] = {STEPS: ()}
     for name, spec in engine.table.items():
-        for kind in [WEIGHT] if spec.frozen else [WEIGHT, *engine.state_kinds]:
+        for kind in [WEIGHT, *engine.state_kinds(name)]:
             shapes[kind, name] = tuple(spec.shape)
     for name, buffer in persistent_buffers(engine.module).items():
         shapes[BUFFER, name] = tuple(buffer.shape)
