@@ -121,6 +121,11 @@ class Collectives(Protocol):
         zeros where it has nothing."""
         ...
 
+    def prefix(self, decay: Tensor, state: Tensor) -> Tensor:
+        """The state that enters this rank's chunk: S, after S <- decay S + state, from zero, over the chunks to the
+        left. decay, state: of one dtype, those of this rank's chunk; decay broadcasts against state."""
+        ...
+
     def gather_over_context(self, x: Tensor) -> Tensor:
         """(...) -> (context ranks, ...)."""
         ...
@@ -152,6 +157,9 @@ class SingleProcess:
 
     def halo(self, x: Tensor, tokens: int, row: int) -> Tensor:
         return x.new_zeros(x.shape[0], tokens, *x.shape[2:])
+
+    def prefix(self, decay: Tensor, state: Tensor) -> Tensor:
+        return torch.zeros_like(state)
 
     def gather_over_context(self, x: Tensor) -> Tensor:
         return x[None]
@@ -187,6 +195,22 @@ class Context:
     def enter(self, x: Tensor) -> Tensor:
         """Into a layer, see `Collectives`."""
         return self.mesh.enter(x, self.documents.starts.shape[1])
+
+    @property
+    def spread(self) -> bool:
+        """The tokens of a row lie on several context ranks."""
+        return self.mesh.context_size > 1
+
+    def before(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """What a context rank's chunk has to its left, as the state of a layer has it: the last `tokens` of x (B, T,
+        ...) before the chunk, (B, L, ...), and how many of them belong to the document that goes on, (B,). L is
+        `tokens`, or all that the row has there if that is less."""
+        size = self.mesh.context_size
+        first, most = (chunk_bounds(self.row, rank, size)[0] for rank in (self.mesh.context_rank, size - 1))
+        tokens = min(tokens, most)  # the same on all ranks, which tell each other as much
+        slots = min(tokens, first)
+        left = self.mesh.halo(x, tokens, self.row)[:, tokens - slots :]
+        return left, self.documents.positions[:, 0].clamp(max=slots)
 
 
 class LayerOutput(NamedTuple):

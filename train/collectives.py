@@ -6,7 +6,9 @@ its own use of it gave. So the gradient of a sum whose result all ranks use is t
 Legend: B batch rows, T tokens.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +31,36 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
 
+class _Spoken(threading.local):
+    axis, what = "", ""
+
+
+_SPOKEN = _Spoken()
+
+
+@contextmanager
+def speaking(axis: str, what: str = "") -> Iterator[None]:
+    """What is sent meanwhile belongs to this axis, whose ranks may also be those of another. what: a name for it,
+    instead of the operation's."""
+    before = spoken()
+    _SPOKEN.axis, _SPOKEN.what = axis, what or before[1]
+    try:
+        yield
+    finally:
+        _SPOKEN.axis, _SPOKEN.what = before
+
+
+def spoken() -> tuple[str, str]:
+    """The axis and name that this thread's messages have now; "" where nobody said."""
+    return _SPOKEN.axis, _SPOKEN.what
+
+
 def all_reduce(axis: Axis, x: Tensor) -> Tensor:
     """The sum over the ranks, in new memory."""
     total = x.clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        dist.all_reduce(total, group=axis.group)
+        with speaking(axis.name):
+            dist.all_reduce(total, group=axis.group)
     return total
 
 
@@ -42,7 +69,8 @@ def all_gather(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[None]
     out = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
@@ -51,14 +79,16 @@ def reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
     if axis.size == 1:
         return x[0]
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    with speaking(axis.name):
+        dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
 def all_to_all(axis: Axis, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """(rows, ...) -> (rows, ...): the first `sent[0]` rows go to rank 0 and so on; `received` are those from each."""
     out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+    with speaking(axis.name):
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
     return out
 
 
@@ -112,8 +142,9 @@ def _deliver(axis: Axis, parcels: list[tuple[int, int, Tensor]]) -> None:
             waits.append(dist.P2POp(dist.isend, value, axis.ranks[receiver], axis.group))
         else:
             waits.append(dist.P2POp(dist.irecv, value, axis.ranks[sender], axis.group))
-    for wait in dist.batch_isend_irecv(waits) if waits else ():
-        wait.wait()
+    with speaking(axis.name):
+        for wait in dist.batch_isend_irecv(waits) if waits else ():
+            wait.wait()
 
 
 class Halo(torch.autograd.Function):
@@ -155,6 +186,45 @@ class Halo(torch.autograd.Function):
         for target, value in added:
             target.add_(value)
         return dx, None, None, None
+
+
+def _gather_pair(axis: Axis, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`all_gather` of two tensors of one dtype, in one message."""
+    both = all_gather(axis, torch.cat([v.flatten(), w.flatten()]))
+    return both[:, : v.numel()].unflatten(1, v.shape), both[:, v.numel() :].unflatten(1, w.shape)
+
+
+class Prefix(torch.autograd.Function):
+    """What is left of the states of the chunks to the left: S_r = decay_{r-1} S_{r-1} + state_{r-1}, from S_0 = 0.
+
+    decay: broadcasts against `state` from the left. All decays and states are gathered, and each rank goes through
+    those before it. The gradient is the same scan from the right, over the gathered gradients of the S_r:
+
+        G_r = dS_{r+1} + decay_{r+1} G_{r+1}        d state_r = G_r        d decay_r = sum of G_r S_r
+
+    Kept for it are the rank's own decay and S_r, not what the others gathered, so that memory does not grow with the
+    number of ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, decay: Tensor, state: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        decays, states = _gather_pair(axis, decay, state)
+        entering = torch.zeros_like(state, memory_format=torch.contiguous_format)
+        for rank in range(axis.rank):
+            entering.mul_(decays[rank]).add_(states[rank])
+        ctx.save_for_backward(decay, entering)
+        return entering
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        decay, entering = ctx.saved_tensors
+        decays, slopes = _gather_pair(ctx.axis, decay, d)
+        slope = torch.zeros_like(entering)
+        for rank in range(ctx.axis.size - 1, ctx.axis.rank, -1):
+            slope.mul_(decays[rank]).add_(slopes[rank])
+        return (slope * entering).sum_to_size(decay.shape), slope, None
 
 
 class Enter(torch.autograd.Function):
@@ -245,7 +315,8 @@ def at_experts(axis: Axis, x: Tensor, counts: Tensor, run: Callable[[Tensor, Ten
     """
     own = counts.view(axis.size, -1).contiguous()  # (ranks, experts of each)
     theirs = torch.empty_like(own)
-    dist.all_to_all_single(theirs, own, group=axis.group)
+    with speaking(axis.name):
+        dist.all_to_all_single(theirs, own, group=axis.group)
     sent, received = torch.stack([own, theirs]).sum(2).tolist()
     rows = Exchange.apply(x[: sum(sent)], axis, sent, received)
     expert = torch.arange(own.shape[1], device=x.device).repeat(axis.size)

@@ -24,7 +24,7 @@ from train.checkpoint.retention import Retention
 from train.checkpoint.start import StartConfig
 from train.engine import Placement, ZeroOptions
 from train.layout import check_layout
-from train.optim import AdamWConfig
+from train.optim import OptimizerConfig, check_stage
 from train.parallel import Sizes
 from train.reading import ConfigError, override, parse_override, read, require, write
 from train.schedule import WSD, Schedule
@@ -231,14 +231,14 @@ class Recipe:
     """Everything that decides a run.
 
     name: of the run and its folder. seed: of initial weights, data order and noise. runs: folder that holds run
-    folders.
+    folders. optimizer: AdamW, which a section without `kind` means, or Muon (`train/muon.py`).
     """
 
     name: str
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: Schedule = field(default_factory=WSD)
     parallel: ParallelConfig = ParallelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
@@ -259,6 +259,7 @@ class Recipe:
             wants = f"true, false, or some of the pattern's letters {''.join(letters)}"
             require({*chosen} <= {*letters}, "training.checkpoint_blocks", chosen, wants)
         length, stage = self.training.sequence_length, self.parallel.zero_stage
+        check_stage(self.optimizer, stage)
         try:
             self.schedule.check(self.training.tokens)
         except ValueError as error:

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from model.params import Table
 from train.health import GradientFragment
-from train.optim import AdamWConfig, build_optimizer, elementwise_state, initialise_state, parameter_groups
+from train.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    check_stage,
+    elementwise_state,
+    initialise_state,
+    parameter_groups,
+    state_names,
+)
 from train.parallel import Mesh
 from train.reading import ConfigError, require
 from train.shared import SharedGradients
@@ -205,7 +213,7 @@ class Engine:
         self,
         model: nn.Module,
         table: Table,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         *,
         zero_stage: int,
         mesh: Mesh,
@@ -220,12 +228,13 @@ class Engine:
         placement.check(zero_stage)
         placement.check_ranks(mesh.shard.size)
         assert placement.group_size(mesh.shard.size) == 1 or mesh.tensor.size == 1, "hpZ's groups are of all ranks"
+        check_stage(optimizer, zero_stage)
         model.to(mesh.device)
-        self.mesh, self.table, self.zero_stage = mesh, table, zero_stage
+        self.mesh, self.table, self.zero_stage, self._config = mesh, table, zero_stage, optimizer
         groups = parameter_groups(model.named_parameters(), table, optimizer.weight_decay)
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
         assert dtypes == {torch.float32}, f"trained parameters are stored in float32, got {dtypes}"
-        self.optimizer = build_optimizer(optimizer, groups)
+        self.optimizer = build_optimizer(optimizer, groups, shard=mesh.shard, tensor=mesh.tensor, place=mesh.place)
         numel = sum(parameter.numel() for parameter in model.parameters())
         self.shared = SharedGradients(table, mesh)
         config = deepspeed_config(zero_stage, mesh, reduce_dtype, options, placement, numel)
@@ -278,10 +287,9 @@ class Engine:
         """Forgets the gradients of this step; weights, moments and step counter stay as they are."""
         self.stage.forget_gradients()
 
-    @property
-    def state_kinds(self) -> list[str]:
-        """Kinds of the optimizer states that a trained parameter has, one value an element."""
-        return [OPTIMIZER + key for key in elementwise_state(self.optimizer, self.stage.homes()[0])]
+    def state_kinds(self, name: str) -> list[str]:
+        """Kinds of the optimizer states that a parameter has, one value an element; none if it is frozen."""
+        return [OPTIMIZER + key for key in state_names(self._config, self.table[name])]
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from model.block import add_losses
 from model.context import Documents, NoiseKey
 from model.hybrid import HybridLM, ModelOutput, forward_flops
 from train.config import Recipe
+from train.counter import SETTLED, count_traffic
 from train.health import clip_coefficient
 from train.run import Run, open_run
 from train.stop import EXIT_DONE, EXIT_STOPPED
@@ -26,7 +27,7 @@ def train(recipe: Recipe) -> int:
     with open_run(recipe) as run:
         while not run.finished:
             start = run.stream.sample
-            record = train_step(run)
+            record = train_step(run) if run.steps != SETTLED - 1 else counted_step(run)
             run.metrics.step(record)
             run.announce_backends()
             run.check_saved()
@@ -47,6 +48,17 @@ def train(recipe: Recipe) -> int:
     return EXIT_DONE
 
 
+def counted_step(run: Run) -> dict[str, Any]:
+    """`train_step`, noting what rank 0 sends in it, where there are ranks to send to."""
+    if run.mesh.size == 1:
+        return train_step(run)
+    with count_traffic(run.mesh) as sent:
+        record = train_step(run)
+    flops = record["mfu"] * run.peak.flops * record["seconds"]
+    run.metrics.event("traffic", step=run.clock.step, ranks=run.mesh.size, bytes=sent.bytes, flops=flops)
+    return record
+
+
 def train_step(run: Run) -> dict[str, Any]:
     """One optimizer step on the next global batch; returns its line of `metrics.jsonl`.
 
@@ -62,6 +74,7 @@ def train_step(run: Run) -> dict[str, Any]:
     if updated:
         run.engine.add(model.adjustments(counts))
     run.clock.step += 1
+    run.steps += 1
     run.clock.tokens += run.tokens_per_step
     mine = row_digests(batches) if run.mesh.tells_rows else []
     digests = [digest for rank in run.mesh.gather(mine) for digest in rank]
@@ -104,7 +117,7 @@ def accumulate(run: Run, batches: list[Batch], valid: float) -> tuple[dict[str, 
         counts = add_losses(counts, out.counts)
     together = list((totals | counts).values())
     own = torch.cat([value.double().flatten() for value in together])
-    summed = run.mesh.sum_(own if run.mesh.tells_tokens else torch.zeros_like(own))
+    summed = run.mesh.tell(own if run.mesh.tells_tokens else torch.zeros_like(own))
     parts = summed.split([value.numel() for value in together])
     means = {name: part.item() for name, part in zip(totals, parts, strict=False)}
     return means, dict(zip(counts, parts[len(totals) :], strict=True))

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.params import Table
+from model.params import ParamSpec, Place, Table
+from train.collectives import Axis
+from train.muon import ADAMW_STATES, ALONE, MUON_STATES, ZERO_STAGES, Muon, MuonConfig, initial_state, is_matrix
 from train.reading import require
 
 
@@ -21,6 +23,7 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     kind: Literal["adamw"] = "adamw"
+    implied: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
@@ -28,6 +31,25 @@ class AdamWConfig:
         require(ok, "betas", list(self.betas), "two numbers in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "a positive number")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number that is not negative")
+
+
+OptimizerConfig = AdamWConfig | MuonConfig
+
+
+def check_stage(config: OptimizerConfig, zero_stage: int) -> None:
+    """Raises ValueError where the optimizer cannot step what the ZeRO stage leaves on a rank."""
+    if isinstance(config, MuonConfig) and zero_stage not in ZERO_STAGES:
+        raise ValueError(
+            f"parallel.zero_stage: got {zero_stage}, wants {ZERO_STAGES[0]}: optimizer.kind muon orthogonalises whole "
+            "matrices, which this stage flattens and cuts"
+        )
+
+
+def state_names(config: OptimizerConfig, spec: ParamSpec) -> tuple[str, ...]:
+    """Names of the optimizer states that a parameter has, one value an element."""
+    if spec.frozen:
+        return ()
+    return MUON_STATES if isinstance(config, MuonConfig) and is_matrix(spec) else ADAMW_STATES
 
 
 def parameter_groups(
@@ -52,14 +74,29 @@ def parameter_groups(
     members = [id(named[name]) for names, _ in groups for name in names]
     assert len(set(members)) == len(members) == len(trainable), "groups must cover every parameter exactly once"
     return [
-        {"params": [named[name] for name in names], "names": names, "weight_decay": decay}
+        {
+            "params": [named[name] for name in names],
+            "names": names,
+            "specs": [table[name] for name in names],
+            "weight_decay": decay,
+        }
         for names, decay in groups
         if names
     ]
 
 
-def build_optimizer(config: AdamWConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The torch optimizer over `groups`, fused where the device has a fused kernel."""
+def build_optimizer(
+    config: OptimizerConfig,
+    groups: list[dict[str, Any]],
+    *,
+    shard: Axis = ALONE,
+    tensor: Axis = ALONE,
+    place: tuple[int, ...] = Place(),
+) -> torch.optim.Optimizer:
+    """The torch optimizer over `groups`; AdamW is fused where the device has a fused kernel. shard, tensor, place: the
+    ranks that Muon works with."""
+    if isinstance(config, MuonConfig):
+        return Muon(groups, config, shard=shard, tensor=tensor, place=place)
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device in ("cpu", "cuda")
@@ -68,12 +105,10 @@ def build_optimizer(config: AdamWConfig, groups: list[dict[str, Any]]) -> torch.
 
 def initialise_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """Gives `parameter` the state that it has before the first step, as `torch.optim.AdamW` would create it."""
+    if isinstance(optimizer, Muon):
+        return  # it has made its states itself, whole parameter by whole parameter
     assert isinstance(optimizer, torch.optim.AdamW), f"no initial state known for {type(optimizer).__name__}"
-    optimizer.state[parameter] = {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
+    optimizer.state[parameter] = initial_state(parameter, ADAMW_STATES)
 
 
 def elementwise_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -23,13 +23,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.params import Place
-from train.collectives import Axis, Enter, Gather, Halo, Leave, Total, all_gather, at_experts, gather_tokens
+from train.collectives import (
+    Axis,
+    Enter,
+    Gather,
+    Halo,
+    Leave,
+    Prefix,
+    Total,
+    all_gather,
+    at_experts,
+    gather_tokens,
+    speaking,
+)
 from train.mistakes import describe
 from train.network import choose_interface
 
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
+CONTROL = "control"
+"""What ranks tell each other about a step beside its tensors: counts, losses, digests, mistakes, that one stops."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,9 @@ class Mesh:
     def halo(self, x: Tensor, tokens: int, row: int) -> Tensor:
         return Halo.apply(x, self.context, tokens, row)
 
+    def prefix(self, decay: Tensor, state: Tensor) -> Tensor:
+        return Prefix.apply(decay, state, self.context)
+
     def gather_over_context(self, x: Tensor) -> Tensor:
         return Gather.apply(x, self.context) if self.context.size > 1 else x[None]
 
@@ -135,13 +152,20 @@ class Mesh:
     def sum_(self, x: Tensor) -> Tensor:
         """Adds up `x` over all ranks, in place; the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with speaking("world"):
+                dist.all_reduce(x)
         return x
+
+    def tell(self, x: Tensor) -> Tensor:
+        """`sum_` of what is only written down."""
+        with speaking("world", CONTROL):
+            return self.sum_(x)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Adds up `x` over the data ranks, in place."""
         if self.data.size > 1:
-            dist.all_reduce(x, group=self.data.group)
+            with speaking("data"):
+                dist.all_reduce(x, group=self.data.group)
         return x
 
     def whole_rows(self, x: Tensor, row: int) -> Tensor:
@@ -150,7 +174,8 @@ class Mesh:
 
     def sum(self, value: float) -> float:
         """Sum over all ranks in float64."""
-        return self.sum_(torch.tensor(value, dtype=torch.float64)).item()
+        with speaking("world", CONTROL):
+            return self.sum_(torch.tensor(value, dtype=torch.float64)).item()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
@@ -160,7 +185,8 @@ class Mesh:
         """The values of all ranks in rank order, on every rank."""
         values: list[T] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with speaking("world", CONTROL):
+                dist.all_gather_object(values, value)
         return values
 
     def together(self, action: Callable[[], T]) -> T:

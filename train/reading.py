@@ -1,8 +1,8 @@
 """From plain values (TOML, JSON) to frozen dataclasses: strict, with errors that name the key.
 
-The dataclass is the schema. Sections are dataclasses, tagged unions are told apart by their field `kind`, single values
-are judged by pydantic in strict mode: no string becomes a number, no float an integer. A word stands for what TOML
-cannot write: "none".
+The dataclass is the schema. Sections are dataclasses, tagged unions are told apart by their field `kind` (where a table
+names none, the one that has `implied = True` is meant), single values are judged by pydantic in strict mode: no string
+becomes a number, no float an integer. A word stands for what TOML cannot write: "none".
 """
 
 import difflib
@@ -135,9 +135,9 @@ class _Reader:
     def _read_tagged(self, members: dict[str, type], value: Any, key: str) -> Any:
         table = _table(value, key)
         kinds = ", ".join(members)
-        if "kind" not in table:
+        kind = table.get("kind", next((k for k, member in members.items() if getattr(member, "implied", False)), None))
+        if kind is None:
             raise ConfigError(_join(key, "kind"), f"missing, wants one of {kinds}")
-        kind = table["kind"]
         if kind not in list(members):
             close = difflib.get_close_matches(str(kind), members, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -147,7 +147,8 @@ class _Reader:
     def _nearest(self, name: str, names: list[str], key: str) -> str:
         """A hint: the nearest of `names`, else a key of this name in another section, else what there is."""
         close = [_join(key, near) for near in difflib.get_close_matches(name, names, n=1)]
-        close += [other for other in all_keys(self.root) if other.rpartition(".")[2] == name]
+        wrong = _join(key, name)
+        close += [other for other in all_keys(self.root) if other.rpartition(".")[2] == name and other != wrong]
         return f"; did you mean {close[0]}?" if close else f"; {key or 'a recipe'} has {', '.join(names)}"
 
 

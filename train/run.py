@@ -69,6 +69,8 @@ class Run:
     validated: tuple[int, Perplexity] | None = None
     """The newest validation and its step."""
     backends: dict[str, str] | None = None
+    steps: int = 0
+    """Taken by this process."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -283,6 +285,12 @@ def _resume(recipe: Recipe, checkpoint: Checkpoint, engine: Engine, stream: Batc
         raise ValueError(
             f"model.{key}: got {ours[key]}, but {checkpoint.folder} was saved with {saved[key]}; "
             "wants the saved model, or another name for the run"
+        )
+    saved_by = checkpoint.extra["recipe"]["optimizer"]["kind"]
+    if saved_by != recipe.optimizer.kind:
+        raise ValueError(
+            f"optimizer.kind: got {recipe.optimizer.kind}, but {checkpoint.folder} was saved with {saved_by}; wants "
+            "that, or another name for the run, with start.checkpoint and start.optimizer=false"
         )
     stream.load_state_dict(checkpoint.extra["stream"])
     if "spikes" in checkpoint.extra:

@@ -4,16 +4,28 @@ They are added up once a step, after accumulation and after ZeRO's own reduction
 numbers at any stage: every rank puts the elements that it owns into one vector of all shared elements of the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from model.params import Box, Table, local_layout
+from model.params import Box, Piece, Table, local_layout
 from model.weights.fragments import pieces_in
 from train.health import GradientFragment
 from train.parallel import Mesh
+
+
+def shared_pieces(table: Table, tensor: int) -> Iterator[tuple[str, Piece]]:
+    """What lies on more than one of so many tensor ranks and takes a gradient, each once."""
+    for name, spec in table.items():
+        for rank in range(tensor):
+            for piece in local_layout(spec, rank, tensor).pieces:
+                if piece.copies > 1 and piece.owner and not spec.frozen:
+                    yield name, piece
+
+
+def shared_elements(table: Table, tensor: int) -> int:
+    return sum(piece.numel for _, piece in shared_pieces(table, tensor))
 
 
 class SharedGradients:
@@ -24,12 +36,9 @@ class SharedGradients:
         self.layouts = {name: local_layout(spec, *mesh.place) for name, spec in table.items()}
         self.offsets: dict[tuple[str, Box], int] = {}
         self.elements = 0
-        for name, spec in table.items():
-            for rank in range(mesh.tensor.size):
-                for piece in local_layout(spec, rank, mesh.tensor.size).pieces:
-                    if piece.copies > 1 and piece.owner and not spec.frozen:
-                        self.offsets[name, piece.box] = self.elements
-                        self.elements += piece.numel
+        for name, piece in shared_pieces(table, mesh.tensor.size):
+            self.offsets[name, piece.box] = self.elements
+            self.elements += piece.numel
 
     def sum(self, owned: Iterable[GradientFragment], held: Iterable[GradientFragment]) -> None:
         """Adds up the shared gradients, in place. owned: every element once over the ranks of ZeRO's group. held: all
@@ -39,7 +48,7 @@ class SharedGradients:
         total = torch.zeros(self.elements, device=self.mesh.device)
         for at, part in self._parts(owned):
             total[at : at + part.numel()] += part.to(total.device)
-        dist.all_reduce(total)
+        self.mesh.sum_(total)
         for at, part in self._parts(held):
             part.copy_(total[at : at + part.numel()])
 

@@ -5,6 +5,7 @@ yield from rounds(2, "module:function", argument)     # function(rank, size, arg
 
 import importlib
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ def _rank(rank: int, size: int, work: str, argument: Any, store: str, pipe: Conn
     import torch
     import torch.distributed as dist
 
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}/ranks", rank=rank, world_size=size)

@@ -7,7 +7,7 @@ the same packed rows and must learn: a reading whose loss has not fallen since t
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -53,49 +53,71 @@ class Bench:
     peak: Peak
     clock: Clock
     watch: Unwatched
+    steps: int = 0
 
     @property
     def tokens_per_step(self) -> int:
         return self.recipe.training.tokens_per_step
 
 
-def packed_rows(recipe: Recipe) -> PackedRows:
-    """The rows that both sides train on."""
+def packed_rows(recipe: Recipe, rank: int = 0, size: int = 1) -> PackedRows:
+    """The rows that both sides train on; of several data ranks, the share of one."""
     training = recipe.training
-    micro_batches = training.rows_per_step // training.micro_batch_rows
-    return PackedRows(recipe.model.vocab_size, training.sequence_length, training.micro_batch_rows, micro_batches)
+    share = training.rows_per_step // size
+    rows = min(share, training.micro_batch_rows)
+    return PackedRows(recipe.model.vocab_size, training.sequence_length, rows, share // rows, seed=rank)
+
+
+@contextmanager
+def opened(recipe: Recipe, mesh: Mesh, rows: PackedRows) -> Iterator[Run]:
+    """What `train_step` wants of a run on this rank, whose rows are `rows`."""
+    training = recipe.training
+    request(training.backends)
+    model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, mesh=mesh)
+    initialise_model(model, recipe.seed)
+    engine = Engine(
+        model,
+        model.table(),
+        recipe.optimizer,
+        zero_stage=recipe.parallel.zero_stage,
+        mesh=mesh,
+        reduce_dtype=training.reduction,
+        options=recipe.parallel.buckets,
+    )
+    health = Health(model.table(), mesh, max_skipped=1)
+    try:
+        bench = Bench(recipe, mesh, rows, engine, health, device_peak(mesh.device), Clock(), Unwatched())
+        yield cast(Run, bench)
+    finally:
+        engine.close()
 
 
 def braid(recipe: Recipe, steps: int) -> Iterator[Reading]:
     """Our side: `steps` steps a reading."""
-    training = recipe.training
-    request(training.backends)
-    with open_mesh(recipe.parallel.device) as mesh:
-        model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, mesh=mesh)
-        initialise_model(model, recipe.seed)
-        engine = Engine(
-            model,
-            model.table(),
-            recipe.optimizer,
-            zero_stage=recipe.parallel.zero_stage,
-            mesh=mesh,
-            reduce_dtype=training.reduction,
-            options=recipe.parallel.buckets,
-        )
-        health = Health(model.table(), mesh, max_skipped=1)
-        bench = Bench(recipe, mesh, packed_rows(recipe), engine, health, device_peak(mesh.device), Clock(), Unwatched())
-        run = cast(Run, bench)
+    tokens = recipe.training.tokens_per_step
+    with open_mesh(recipe.parallel.device) as mesh, opened(recipe, mesh, packed_rows(recipe)) as run:
         pool = packed_rows(recipe)
         batches = [batch for _ in range(len(pool.samples) // pool.rows) for batch in pool.next_step()]
         facts = {
             "flops_per_token": 3 * mean_forward_flops(run, batches),
-            "peak_flops": bench.peak.flops,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "peak_flops": run.peak.flops,
+            "parameters": sum(parameter.numel() for parameter in run.engine.module.parameters()),
         }
-        try:
-            yield from _readings(lambda: train_step(run)["loss"], steps, training.tokens_per_step, mesh.device, facts)
-        finally:
-            engine.close()
+        yield from _readings(lambda: train_step(run)["loss"], steps, tokens, mesh.device, facts)
+
+
+def braid_rank(rank: int, size: int, argument: tuple[Recipe, int]) -> Iterator[None]:
+    """Our side on several ranks, for `launch.bench.together`: `steps` steps a round; the data ranks share the rows."""
+    recipe, steps = argument
+    mesh = Mesh(torch.device("cpu"), recipe.parallel.sizes)
+    with opened(recipe, mesh, packed_rows(recipe, mesh.data.rank, mesh.data.size)) as run:
+        first = train_step(run)["loss"]
+        yield
+        while True:
+            losses = [train_step(run)["loss"] for _ in range(steps)]
+            if losses[-1] >= first:
+                raise RuntimeError(f"the loss went from {first:.3f} to {losses[-1]:.3f}: this model does not train")
+            yield
 
 
 def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], peer: ModelConfig) -> Iterator[Reading]:

@@ -114,12 +114,17 @@ def summary(run: RunRecord) -> dict[str, str]:
     return facts
 
 
-def short(number: float) -> str:
+def short(number: float, letters: str = "TBMk") -> str:
     """1,234,567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def size(bytes_: float) -> str:
+    """1,234,567 -> 1.23MB."""
+    return short(bytes_, "TGMk") + "B"
 
 
 def strip(config: ModelConfig) -> str:
@@ -210,6 +215,8 @@ def _after(run: RunRecord, *, alone: bool) -> str:
         parts.append(f"<section><h2>Evaluation{name}</h2>{_evaluations(run)}</section>")
     if run.samples:
         parts.append(f"<section><h2>Samples{name}</h2><pre>{escape(run.samples)}</pre></section>")
+    if run.of("traffic"):
+        parts.append(f"<section><h2>Communication per step{name}</h2>{_traffic(run.of('traffic')[-1])}</section>")
     shown = run.events[-SHOWN_EVENTS:]
     note = f" (the last {SHOWN_EVENTS} of {len(run.events):,})" if len(run.events) > SHOWN_EVENTS else ""
     rows = [[_when(event), event.get("event", ""), _fields(event)] for event in shown]
@@ -237,6 +244,21 @@ def _evaluations(run: RunRecord) -> str:
                     spread = f" ± {error:.4f}" if isinstance(error, float) else ""
                     rows.append([found["checkpoint"], task, metric, f"{value:.4f}{spread}", items])
     return _table(["checkpoint", "what", "metric", "value", "items"], rows)
+
+
+def _traffic(event: dict[str, Any]) -> str:
+    """What rank 0 sent in one step, by axis of the mesh and operation."""
+    total = sum(sum(operations.values()) for operations in event["bytes"].values())
+    rows = [
+        [axis, operation.replace("_", " "), size(bytes_), f"{bytes_ / total:.1%}"]
+        for axis, operations in event["bytes"].items()
+        for operation, bytes_ in operations.items()
+    ]
+    rows.append(["all", "", size(total), "100.0%"])
+    note = f"Sent by rank 0 of {event['ranks']:,} in step {event['step']:,}, by axis of the mesh"
+    if event.get("flops"):
+        note += f"; {total / event['flops'] * 1e6:.3g} bytes for each million FLOPs of the model"
+    return f"{_table(['axis', 'operation', 'bytes', 'share'], rows)}<p>{escape(note)}.</p>"
 
 
 def _when(event: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@
 The window counts the current token: a query at position t sees keys t-window+1 ... t of its own document (Samba,
 arXiv 2406.07522, appendix and code). Rotary embedding (arXiv 2104.09864) is computed in float32.
 
+On context ranks the keys and values to the left (under a window its last window-1) come first, as cached ones.
+
 Legend: B batch rows, T tokens, D width, H query heads, K key/value heads, P head dim, L cached tokens, k convolution
 taps.
 """
@@ -18,7 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.attention import Past, attention, rotary
 from model.ops.conv import causal_conv
 from model.ops.norm import rms_norm
@@ -49,7 +62,7 @@ class AttentionConfig:
     qkv_conv: int | None = None
     kind: Literal["attention"] = "attention"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     @property
     def kv_heads(self) -> int:
@@ -128,6 +141,16 @@ class AttentionConfig:
             state_bytes=2 * 2 * cached * K * P + 2 * (taps - 1) * convolved,
         )
 
+    def messages(self, dims: Dims) -> list[Message]:
+        rows = local_rows(self.table(dims)["qkv.weight"], dims.place)
+        messages = []
+        if self.qkv_conv is not None:
+            messages.append(Message("halo", sum(rows.values()), reach=self.qkv_conv - 1))
+        if self.window != 1:
+            reach = None if self.window is None else self.window - 1
+            messages.append(Message("halo", rows["k"] + rows["v"], reach=reach))
+        return messages
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Attention(self, dims, device)
 
@@ -161,7 +184,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None = None) -> LayerOutput:
         cfg, packed = self.config, not ctx.documents.single
-        documents = ctx.documents.index if packed or state is not None else None
+        continues = state is not None or ctx.spread
+        documents = ctx.documents.index if packed or continues else None
         qkv, conv = self.qkv(x), None
         if cfg.qkv_conv is not None:
             qkv, conv = causal_conv(
@@ -169,7 +193,7 @@ class Attention(nn.Module):
                 self.conv_weight,
                 None,
                 documents=documents,
-                state=None if state is None else state.conv,
+                state=inputs_before(qkv, cfg.qkv_conv, ctx) if state is None else state.conv,
                 activation="silu",
                 return_state=ctx.carry,
             )
@@ -179,17 +203,27 @@ class Attention(nn.Module):
         if cfg.rope_theta is not None:
             turn = (ctx.documents.positions, cfg.rope_theta, self.turned, cfg.rope_scaling)
             q, k = rotary(q, *turn), rotary(k, *turn)
+        past = None if state is None else Past(state.k, state.v, state.length)
+        if ctx.spread and cfg.window != 1:
+            reach = ctx.row if cfg.window is None else cfg.window - 1
+            left, length = ctx.before(torch.cat([k, v], 2), reach)
+            past = Past(left[:, :, : k.shape[2]], left[:, :, k.shape[2] :], length)
         y = attention(
             q,
-            *((k, v) if self.kv_of is None else (k[:, :, self.kv_of], v[:, :, self.kv_of])),
+            self._of_heads(k),
+            self._of_heads(v),
             window=cfg.window,
             documents=documents,
-            bounds=ctx.documents.bounds if packed and state is None else None,
+            bounds=ctx.documents.bounds if documents is not None and state is None else None,
             scale=cfg.scale,
             cap=cfg.logit_cap,
-            past=None if state is None else Past(state.k, state.v, state.length),
+            past=None if past is None else Past(self._of_heads(past.k), self._of_heads(past.v), past.length),
         )
         return LayerOutput(self.out(y.flatten(2)), self._next_state(k, v, conv, ctx, state) if ctx.carry else None)
+
+    def _of_heads(self, kv: Tensor) -> Tensor:
+        """Keys or values in the order in which query heads can share them evenly."""
+        return kv if self.kv_of is None else kv[:, :, self.kv_of]
 
     def _next_state(
         self, k: Tensor, v: Tensor, conv: Tensor | None, ctx: Context, state: AttentionState | None

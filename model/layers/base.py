@@ -6,12 +6,13 @@ Legend: B batch rows, T tokens, D width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.context import Context
 from model.params import WHOLE, Constant, Init, Normal, ParamSpec, Place, Split, Table, Uniform
 
 VisibleKeys = Callable[[int | None], float]
@@ -62,10 +63,29 @@ class Costs:
         return self.saved_compute * compute_bytes + self.saved_float32 * 4
 
 
+@dataclass(frozen=True)
+class Message:
+    """One thing that a layer asks of the `Collectives` in a forward pass; its gradient goes the same way back. What
+    that weighs on the wire is the mesh's to say.
+
+    ask: the method of `Collectives`. elements: numbers for each token, row or micro-batch of the rank, as `per` says.
+    reach: tokens of a halo, to which `elements` belong. dtype: of the numbers; integers have no gradient. ahead: int64
+    numbers of each micro-batch that go ahead, without a gradient.
+    """
+
+    ask: Literal["sum_over_tensor", "halo", "gather_over_context", "prefix", "at_experts"]
+    elements: float
+    per: Literal["token", "row", "batch"] = "token"
+    reach: int | None = None
+    dtype: Literal["compute", "float32", "int64"] = "compute"
+    ahead: int = 0
+
+
 class LayerKind(Protocol):
     """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong. Its
     class may say `parallel`: over which ranks, of "tensor", "context" and "expert", a layer of it may be spread besides
-    data-parallel ones; where it does not, over none."""
+    data-parallel ones; where it does not, over none. A kind whose layers ask anything of the other ranks declares it:
+    `messages(dims)`, a list of `Message` for the rank that `dims.place` names."""
 
     residual: ClassVar[str]
 
@@ -113,6 +133,17 @@ def require(ok: bool, key: str, got: object, wants: str) -> None:
     """Raises ValueError naming the config key unless `ok`."""
     if not ok:
         raise ValueError(f"{key}: got {got}, wants {wants}")
+
+
+def inputs_before(x: Tensor, taps: int, ctx: Context) -> Tensor | None:
+    """The state of a convolution of x (B, T, C) with so many taps on a context rank: the inputs of the document that
+    goes on, zeros for others, (B, taps-1, C). None where the rank has whole rows."""
+    if not ctx.spread or taps == 1:
+        return None
+    left, length = ctx.before(x, taps - 1)
+    slots = left.shape[1]
+    own = torch.arange(slots, device=x.device) >= slots - length[:, None]
+    return F.pad(torch.where(own[..., None], left, 0), (0, 0, taps - 1 - slots, 0))
 
 
 def even_groups(leaders: int, units: int, place: Place) -> tuple[int, list[int] | None]:

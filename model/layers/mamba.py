@@ -6,6 +6,8 @@
 Layout and defaults follow section 3 of the paper and the public `mamba_ssm` Mamba module. Jamba (arXiv 2403.19887) puts
 RMSNorms on r, B and C: `inner_norms`.
 
+On context ranks the scan runs twice: from zero, for the chunk's effect on a state, and then with what enters the chunk.
+
 Legend: B batch rows, T tokens, I inner width (channels), N state per channel, R rank of the step, k convolution taps.
 """
 
@@ -17,10 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import rms_norm, swiglu
-from model.ops.selective_scan import selective_scan
+from model.ops.selective_scan import scan_summary, selective_scan
 from model.ops.softplus import softplus
 from model.params import (
     Block,
@@ -30,6 +42,7 @@ from model.params import (
     Table,
     Uniform,
     allocate_table,
+    local_rows,
     split_evenly,
 )
 
@@ -64,7 +77,7 @@ class MambaConfig:
     chunk: int | None = None
     kind: Literal["mamba"] = "mamba"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -131,6 +144,14 @@ class MambaConfig:
             state_bytes=2 * (self.d_conv - 1) * inner + 4 * inner * N,
         )
 
+    def messages(self, dims: Dims) -> list[Message]:
+        inner = local_rows(self.table(dims)["in_proj.weight"], dims.place)["x"]
+        return [
+            Message("halo", inner, reach=self.d_conv - 1),
+            Message("sum_over_tensor", self.rank(dims.d_model) + 2 * self.d_state),
+            Message("prefix", 2 * inner * self.d_state, per="row", dtype="float32"),  # a decay for each number
+        ]
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba(self, dims, device)
 
@@ -164,14 +185,15 @@ class Mamba(nn.Module):
         allocate_table(self, config.table(dims), device, dims.place)
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> LayerOutput:
-        documents = None if ctx.documents.single and state is None else ctx.documents.index
+        alone = ctx.documents.single and state is None and not ctx.spread
+        documents = None if alone else ctx.documents.index
         x, z = self.in_proj(u).chunk(2, dim=-1)
         x, conv = causal_conv(
             x,
             self.conv_weight,
             self.conv_bias,
             documents=documents,
-            state=None if state is None else state.conv,
+            state=inputs_before(x, self.config.d_conv, ctx) if state is None else state.conv,
             activation="silu",
             return_state=ctx.carry,
         )
@@ -180,15 +202,19 @@ class Mamba(nn.Module):
             r = rms_norm(r, self.dt_norm_weight, self.eps)
             B = rms_norm(B, self.B_norm_weight, self.eps)
             C = rms_norm(C, self.C_norm_weight, self.eps)
+        dt, A = softplus(self.dt_proj(r), self.dt_bias), -torch.exp(self.A_log)
+        entering = None if state is None else state.ssm
+        if ctx.spread:
+            entering = ctx.mesh.prefix(*scan_summary(x, dt, A, B, ctx.documents.index))
         y, ssm = selective_scan(
             x,
-            softplus(self.dt_proj(r), self.dt_bias),
-            -torch.exp(self.A_log),
+            dt,
+            A,
             B,
             C,
             D=self.D,
             documents=documents,
-            initial_state=None if state is None else state.ssm,
+            initial_state=entering,
             chunk=self.config.chunk,
             return_state=ctx.carry,
         )

@@ -10,6 +10,8 @@ has but `d_ssm` of the inner channels: the others are a gated MLP beside it,
 
 (`mamba_ssm` has both output projections side by side in one matrix, the MLP's columns first).
 
+On context ranks the chunk's effect on a state (`ssd_summary`) goes round before the scan.
+
 Legend: B batch rows, T tokens, H heads, P head dim, G groups, N state, I = H P width of the state space, E channels of
 the MLP, k convolution taps.
 """
@@ -23,10 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, even_groups, norm_spec, projection_spec, require
+from model.layers.base import (
+    Costs,
+    Dims,
+    Message,
+    Projection,
+    VisibleKeys,
+    even_groups,
+    inputs_before,
+    norm_spec,
+    projection_spec,
+    require,
+)
 from model.ops.conv import causal_conv
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
+from model.ops.ssd_summary import ssd_summary
 from model.params import (
     Block,
     Constant,
@@ -66,7 +80,7 @@ class Mamba2Config:
     norm_before_gate: bool = False
     kind: Literal["mamba2"] = "mamba2"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor",)
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context")
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -148,6 +162,21 @@ class Mamba2Config:
             state_bytes=2 * (self.d_conv - 1) * width + 4 * inner * self.d_state,
         )
 
+    def spreads_norm(self, d_model: int, ranks: int) -> bool:
+        """Whether a group of the norm lies on several tensor ranks."""
+        heads = self.n_heads(d_model)
+        return self.norm and any(heads * rank // ranks % (heads // self.n_groups) for rank in range(ranks))
+
+    def messages(self, dims: Dims) -> list[Message]:
+        rows = local_rows(self.table(dims)["in_proj.weight"], dims.place)
+        messages = [
+            Message("halo", rows["x"] + rows["B"] + rows["C"], reach=self.d_conv - 1),
+            Message("prefix", rows["dt"] * (self.head_dim * self.d_state + 1), per="row", dtype="float32"),
+        ]
+        if self.spreads_norm(dims.d_model, dims.place.size):
+            messages.append(Message("sum_over_tensor", self.n_groups, dtype="float32"))
+        return messages
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Mamba2(self, dims, device)
 
@@ -179,8 +208,8 @@ class Mamba2(nn.Module):
         self.groups, self.group_of = even_groups(H, G, place)
         # Of each head, where a group of the norm lies on several tensor ranks.
         first = H * place.rank // place.size
-        cut = any(H * rank // place.size % (H // G) for rank in range(place.size))
-        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if cut else None
+        spread = config.spreads_norm(dims.d_model, place.size)
+        self.norm_group_of = [head * G // H for head in range(first, first + rows["dt"])] if spread else None
         self.in_proj, self.out_proj = Projection(), Projection()
         self.mlp_out = Projection() if beside else None
         self.register_parameter("conv_bias", None)
@@ -189,14 +218,15 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, ctx: Context, state: Mamba2State | None = None) -> LayerOutput:
         cfg = self.config
-        documents = None if ctx.documents.single and state is None else ctx.documents.index
+        alone = ctx.documents.single and state is None and not ctx.spread
+        documents = None if alone else ctx.documents.index
         *beside, z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
             xBC,
             self.conv_weight,
             self.conv_bias,
             documents=documents,
-            state=None if state is None else state.conv,
+            state=inputs_before(xBC, cfg.d_conv, ctx) if state is None else state.conv,
             activation="silu",
             return_state=ctx.carry,
         )
@@ -207,15 +237,19 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if cfg.dt_limit is not None:
             dt = dt.clamp(*cfg.dt_limit)
+        x, A = x.unflatten(-1, (-1, cfg.head_dim)), -torch.exp(self.A_log)
+        entering = None if state is None else state.ssm
+        if ctx.spread:
+            entering = ctx.mesh.prefix(*ssd_summary(x, dt, A, B, ctx.documents.index))
         y, ssm = ssd(
-            x.unflatten(-1, (-1, cfg.head_dim)),
+            x,
             dt,
-            -torch.exp(self.A_log),
+            A,
             B,
             C,
             D=self.D,
             documents=documents,
-            initial_state=None if state is None else state.ssm,
+            initial_state=entering,
             chunk=cfg.chunk,
             return_state=ctx.carry,
         )

@@ -14,11 +14,13 @@ Balance: an auxiliary loss weight E sum_e f_e P_e, with f the fraction of choice
 e, per row or over the micro-batch; a z-loss (ST-MoE, arXiv 2202.08906); and, without any loss, a bias b on the choice
 that moves by `bias_rate` towards the mean load after each optimizer step (arXiv 2408.15664), from global counts.
 
+On context ranks T is the length of whole rows: capacity and balance count what the other ranks' tokens chose, too.
+
 Legend: B batch rows, T tokens, n = B T, D width, E experts, k choices a token, F hidden width of an expert.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Collectives, Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, require
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, require
 from model.layers.mlp import Activation, MLPConfig, activate
 from model.ops.grouped import grouped_matmul
 from model.ops.norm import swiglu
@@ -59,7 +61,7 @@ class MoEConfig:
     route_scale: float = 1.0
     kind: Literal["moe"] = "moe"
     residual: ClassVar[str] = "add"
-    parallel: ClassVar[tuple[str, ...]] = ("tensor", "expert")
+    parallel: ClassVar[tuple[str, ...]] = ("tensor", "context", "expert")
     routed: ClassVar[bool] = True
 
     def check(self, d_model: int) -> None:
@@ -119,6 +121,16 @@ class MoEConfig:
             state_bytes=0,
         )
 
+    def messages(self, dims: Dims) -> list[Message]:
+        E, per_row = self.n_experts, self.scope == "row"
+        messages = [Message("at_experts", self.top_k * dims.d_model, ahead=E)]  # where none is dropped
+        if self.balance_weight:
+            messages.append(Message("gather_over_context", E, per="row" if per_row else "batch", dtype="int64"))
+        if self.capacity_factor is not None:
+            running = Message("prefix", E + 1) if per_row else Message("gather_over_context", E)
+            messages.append(replace(running, per="row", dtype="int64"))
+        return messages
+
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return MoE(self, dims, device)
 
@@ -148,7 +160,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x, ctx).y
         load = F.one_hot(chosen, cfg.n_experts).sum(1)  # (n, E)
-        losses = self._losses(logits, scores, load, B)
+        losses = self._losses(logits, scores, load, ctx)
         counts = {"load": load.sum(0).double()}
         if kept is not None:
             counts["dropped"] = (~kept).sum().double()
@@ -160,12 +172,13 @@ class MoE(nn.Module):
         if cfg.capacity_factor is None or ctx.carry or not self.training:
             return None
         rows = B if cfg.scope == "batch" else 1
-        limit = math.ceil(cfg.capacity_factor * k * T * rows / cfg.n_experts)
+        length = ctx.row if ctx.spread else T
+        limit = math.ceil(cfg.capacity_factor * k * length * rows / cfg.n_experts)
         own = F.one_hot(chosen.reshape(B, T * k), cfg.n_experts)  # (B, T k, E), in the order of (token, choice)
         if cfg.scope == "batch":
-            before = own.flatten(0, 1).cumsum(0).view_as(own)
+            before = _count_in_batch(own, ctx)
         else:
-            before = _count_in_documents(own, ctx.documents.index.repeat_interleave(k, 1))
+            before = _count_in_documents(own, ctx.documents.index.repeat_interleave(k, 1), ctx)
         place = (before * own).sum(-1)  # 1 for the first choice of its expert
         return (place <= limit).view(B * T, k)
 
@@ -193,16 +206,18 @@ class MoE(nn.Module):
             h = activate(cfg.activation, h)
         return self.down(h, counts)
 
-    def _losses(self, logits: Tensor, scores: Tensor, load: Tensor, rows: int) -> dict[str, Tensor]:
-        """Per token of the micro-batch, summed over its tokens."""
+    def _losses(self, logits: Tensor, scores: Tensor, load: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Per token of the micro-batch, summed over its tokens. Context ranks have the f of whole rows, and of P what
+        their tokens add to it: what they return adds up to the loss of the rows."""
         cfg, losses = self.config, {}
-        n, E = logits.shape
+        E, rows = cfg.n_experts, ctx.documents.starts.shape[0]
         if cfg.balance_weight:
             parts = rows if cfg.scope == "row" else 1
+            tokens = (ctx.row if ctx.spread else ctx.documents.starts.shape[1]) * rows // parts
             share = scores if cfg.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-            f = load.view(parts, -1, E).to(share.dtype).mean(1) / cfg.top_k
-            P = share.view(parts, -1, E).mean(1)
-            losses["balance"] = cfg.balance_weight * E * (f * P).sum() * (n / parts)
+            f = _over_context(load.view(parts, -1, E).sum(1), ctx).to(share.dtype) / (tokens * cfg.top_k)
+            P = share.view(parts, -1, E).sum(1) / tokens
+            losses["balance"] = cfg.balance_weight * E * (f * P).sum() * tokens
         if cfg.z_weight:
             losses["router_z"] = cfg.z_weight * logits.logsumexp(-1).square().sum()
         return losses
@@ -230,9 +245,28 @@ class Experts(Projection):
         return grouped_matmul(x, self.weight.to(x.dtype).unflatten(0, (len(counts), -1)), counts)
 
 
-def _count_in_documents(own: Tensor, index: Tensor) -> Tensor:
-    """Running sum of own (B, S, E) that starts anew where index (B, S) does."""
+def _count_in_documents(own: Tensor, index: Tensor, ctx: Context) -> Tensor:
+    """Running sum of own (B, S, E) that starts anew where index (B, S) does; that of a document which begins on a
+    context rank to the left goes on here."""
     total = own.cumsum(1)
     first = torch.searchsorted(index.contiguous(), index.contiguous())  # where the token's document begins
     before = torch.cat([torch.zeros_like(total[:, :1]), total], 1)
-    return total - before.gather(1, first[..., None].expand_as(total))
+    count = total - before.gather(1, first[..., None].expand_as(total))
+    if ctx.spread:
+        goes_on = (index[:, -1:] == 0).to(count.dtype)
+        entering = ctx.mesh.prefix(goes_on, count[:, -1])
+        count = count + torch.where((index == 0)[..., None], entering[:, None], 0)
+    return count
+
+
+def _count_in_batch(own: Tensor, ctx: Context) -> Tensor:
+    """Running sum of own (B, S, E) over rows, one after the other, of which a context rank has a chunk each."""
+    count = own.cumsum(1)
+    chunks = ctx.mesh.gather_over_context(count[:, -1])  # (context ranks, B, E)
+    rows = chunks.sum(0)
+    before = rows.cumsum(0) - rows + chunks[: ctx.mesh.context_rank].sum(0)
+    return count + before[:, None]
+
+
+def _over_context(count: Tensor, ctx: Context) -> Tensor:
+    return ctx.mesh.gather_over_context(count).sum(0) if ctx.spread else count

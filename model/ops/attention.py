@@ -34,7 +34,7 @@ declare(
     "attention",
     Backend(
         "flash_attn",
-        _ALL - {"past"},
+        _ALL,  # what is past by keys put before the row's: see `_packed_keys`
         HALVES,
         {"head_dim": range(1, 257)},  # what is no multiple of 8 it pads itself
         module="flash_attn",
@@ -43,7 +43,7 @@ declare(
     ),
     Backend(
         "torch_varlen",  # flash attention as torch brings it
-        frozenset({"documents", "window"}),
+        _ALL - {"cap"},
         HALVES,
         {"head_dim": range(8, 257, 8)},
         device="cuda",
@@ -93,14 +93,9 @@ def attention(
     sizes = {"head_dim": q.shape[-1]}
     prefer = "torch" if past is not None and q.shape[1] == 1 else None  # decoding: no block of queries
     name = choose("attention", backend, needs=needs, sizes=sizes, prefer=prefer, dtype=q.dtype, device=q.device).name
-    if name == "flash_attn":
-        if documents is not None and bounds is None:
-            bounds = document_bounds(documents)
-        return _flash(q, k, v, window, bounds, scale, cap)
-    if name == "torch_varlen":
-        if documents is not None and bounds is None:
-            bounds = document_bounds(documents)
-        return _torch_varlen(q, k, v, window, bounds, scale)
+    if name in ("flash_attn", "torch_varlen"):
+        keys = _Keys.of(k, v, documents, bounds, past)
+        return _flash(q, keys, window, scale, cap) if name == "flash_attn" else _torch_varlen(q, keys, window, scale)
     k, v, document, limit = _with_past(q, k, v, documents, past, window)
     if name == "reference":
         return attention_reference(q, k, v, document, limit, scale, cap)
@@ -162,7 +157,50 @@ def document_bounds(documents: Tensor) -> Tensor:
     return torch.cat([begins, first[0]]).nonzero().flatten().to(torch.int32)
 
 
-def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float, cap: float | None = None) -> Tensor:
+@dataclass(frozen=True)
+class _Keys:
+    """Keys and values as kernels for packed sequences take them, whose last query sees the last key of its sequence.
+
+    k, v: (B, T, K, P), or (n, K, P) where there is a past. queries, keys: `document_bounds`, of the queries and of the
+    keys; None for whole rows. longest: keys of a sequence, at most.
+    """
+
+    k: Tensor
+    v: Tensor
+    queries: Tensor | None
+    keys: Tensor | None
+    longest: int
+
+    @staticmethod
+    def of(k: Tensor, v: Tensor, documents: Tensor | None, bounds: Tensor | None, past: Past | None) -> "_Keys":
+        B, T = k.shape[:2]
+        if bounds is None and documents is not None:
+            bounds = document_bounds(documents)
+        if past is None:
+            return _Keys(k, v, bounds, bounds, T)
+        if bounds is None:
+            bounds = _row_bounds(B, T, k.device)
+        L, length = past.k.shape[1], past.length.clamp(max=past.k.shape[1])
+        if documents is not None:
+            length = length * (documents[:, 0] == 0)
+        # The keys that somebody sees come first, in their order; the others belong to no sequence, and kernels leave
+        # their gradients as they found them.
+        seen = torch.arange(L + T, device=k.device) >= L - length[:, None]
+        order = seen.flatten().logical_not().to(torch.uint8).argsort(stable=True)
+        there = seen.flatten()[order][:, None, None]
+        pairs = ((past.k, k), (past.v, v))
+        k, v = (torch.where(there, torch.cat([a.to(b.dtype), b], 1).flatten(0, 1)[order], 0) for a, b in pairs)
+        # A sequence has the past of every row that began before its end.
+        before = F.pad(length.cumsum(0), (1, 0))
+        keys = (bounds + before[(bounds + T - 1) // T]).to(torch.int32)
+        return _Keys(k, v, bounds, keys, L + T)
+
+
+def _row_bounds(B: int, T: int, device: torch.device) -> Tensor:
+    return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+
+
+def _flash(q, keys: _Keys, window: int | None, scale: float, cap: float | None = None) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     visible = (-1, -1) if window is None else (window - 1, 0)
@@ -170,27 +208,28 @@ def _flash(q, k, v, window: int | None, bounds: Tensor | None, scale: float, cap
     options = {"softmax_scale": scale, "causal": True, "window_size": visible, "deterministic": True}
     if cap is not None:
         options["softcap"] = cap
-    if bounds is None:
-        return flash_attn_func(q, k, v, **options)
-    longest = q.shape[1]  # an upper bound: the exact length would have to be waited for
-    rows = (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, **options).view(q.shape)
+    if keys.queries is None:
+        return flash_attn_func(q, keys.k, keys.v, **options)
+    rows = (x if x.dim() == 3 else x.flatten(0, 1) for x in (q, keys.k, keys.v))
+    # Upper bounds of lengths: the exact ones would have to be waited for.
+    ends = keys.queries, keys.keys, q.shape[1], keys.longest
+    return flash_attn_varlen_func(*rows, *ends, **options).view(q.shape)
 
 
-def _torch_varlen(q, k, v, window: int | None, bounds: Tensor | None, scale: float) -> Tensor:
+def _torch_varlen(q, keys: _Keys, window: int | None, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q.shape
-    if bounds is None:
-        bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    rows = _row_bounds(B, T, q.device) if keys.queries is None else keys.queries
+    ends = rows if keys.keys is None else keys.keys
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if k.shape[2] != H:
+    queries, k, v = (x if x.dim() == 3 else x.flatten(0, 1) for x in (q, keys.k, keys.v))
+    if k.shape[1] != H:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
         else:  # torch 2.11
-            k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
-    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-    out: Any = varlen_attn(queries, keys, values, bounds, bounds, T, T, **options)
+            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    out: Any = varlen_attn(queries, k, v, rows, ends, T, keys.longest, **options)
     return out.view(q.shape)
 
 

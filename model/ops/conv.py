@@ -38,7 +38,7 @@ declare(
     ),
     Backend(
         "native",
-        frozenset({"documents"}),
+        _ALL,  # a state as tokens put before the row
         NATIVE_DTYPES,
         {"taps": range(1, 17)},
         device="cpu",
@@ -91,6 +91,10 @@ def causal_conv(
         from model.ops.conv_triton import causal_conv_triton
 
         y = causal_conv_triton(x, weight, bias, documents, state, activation)
+    elif name == "native" and state is not None:
+        # As tokens of index 0 before the row, whose outputs nobody wants.
+        index = None if documents is None else _padded_index(x, k, documents)
+        y = _NativeConv.apply(_padded(x, k, state), weight, bias, index, activation == "silu")[:, k - 1 :]
     elif name == "native":
         y = _NativeConv.apply(x, weight, bias, documents, activation == "silu")
     else:

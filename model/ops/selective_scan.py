@@ -90,6 +90,15 @@ def selective_scan(
     return y, state if return_state else None
 
 
+def scan_summary(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """What a run of tokens does to the state, h -> through h + state, both (B, C, N): arguments as in `selective_scan`.
+    through is 0 where a document begins in the run."""
+    through = torch.where((documents[:, -1] == 0)[:, None, None], (dt.sum(1)[..., None] * A).exp(), 0)
+    _, state = selective_scan(x, dt, A, B, torch.zeros_like(B), documents=documents, return_state=True)
+    assert state is not None
+    return through, state
+
+
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, state: Tensor | None):
     b, T, c = x.shape
     N = A.shape[1]

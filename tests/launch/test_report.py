@@ -119,6 +119,33 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path):
     assert NASTY not in text and f"def f(): {escape(NASTY)}" in text
 
 
+TRAFFIC = {
+    "event": "traffic",
+    "time": 2.5,
+    "step": 3,
+    "ranks": 4,
+    "bytes": {"shard": {"all_reduce": 1.5e6, "all_gather": 0.5e6}, "tensor": {"all_gather": 2e6}},
+    "flops": 8e9,
+}
+
+
+def with_traffic(run: Path) -> Path:
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(TRAFFIC) + "\n")
+    return run
+
+
+def test_what_ranks_sent_is_shown(tmp_path: Path):
+    """Breaks when the table is about nothing, appears for one rank, or does not add up."""
+    alone = page([read_run(write_run(tmp_path / "alone"), "alone")])
+    assert "Communication per step" not in alone
+    text = page([read_run(with_traffic(write_run(tmp_path / "run")), "run")])
+    table = text[text.index("Communication per step") :]
+    assert "<th>shard</th><td>all reduce</td><td>1.5MB</td><td>37.5%</td>" in table
+    assert "<th>all</th><td></td><td>4MB</td><td>100.0%</td>" in table
+    assert "rank 0 of 4 in step 3" in table and "500 bytes for each million FLOPs" in table
+
+
 def test_a_run_without_recipe_or_validation(tmp_path: Path):
     """Breaks when an old or copied run, of which only the metrics are left, cannot be looked at."""
     run = write_run(tmp_path / "run")
@@ -159,7 +186,7 @@ def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 @needs_a_browser
 def test_the_page_in_a_browser(tmp_path: Path):
     """Breaks when a chart is empty, a number under the pointer is wrong, or a control does nothing."""
-    first = write_run(tmp_path / "first")
+    first = with_traffic(write_run(tmp_path / "first"))
     second = write_run(tmp_path / "second", seed=3)
     with Browser() as browser:
         open_page(browser, tmp_path, first, second)
@@ -169,6 +196,8 @@ def test_the_page_in_a_browser(tmp_path: Path):
         assert browser.run("document.querySelectorAll('.yardstick').length") == 2
         assert browser.run("document.querySelectorAll('.strip b').length") == 32
         assert browser.run("document.images.length") == 0
+        heads = "[...document.querySelectorAll('h2')].filter(h => h.textContent.startsWith('Communication'))"
+        assert browser.run(f"{heads}.map(h => h.parentElement.querySelectorAll('tbody tr').length)") == [4]
 
         before = curve_of(browser, "loss")
         slide = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.context import NoiseKey
+from model.context import NoiseKey, chunk_bounds
 from model.hybrid import HybridLM, Precision, initialise_model
 from model.layers.attention import AttentionConfig
 from model.layers.mamba import MambaConfig
@@ -25,7 +25,7 @@ from model.layers.moe import MoEConfig
 from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
-from train.optim import AdamWConfig, build_optimizer, parameter_groups
+from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
 from train.parallel import Sizes
 
 OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1)
@@ -44,6 +44,7 @@ class Layout:
     micro: int = 1
     recompute: bool = False
     offload: bool = False
+    optimizer: OptimizerConfig = OPTIMIZER
 
     @property
     def sizes(self) -> Sizes:
@@ -87,6 +88,8 @@ def global_batch(step: int, vocabulary: int = 61, length: int = LENGTH) -> Rows:
     targets = torch.randint(vocabulary, (ROWS, length), generator=generator)
     starts = torch.rand(ROWS, length, generator=generator) < 0.15
     starts[0] = False  # a document over all ranks
+    for ranks in (2, 3, 4):  # documents that begin just where a context rank's chunk does
+        starts[1, [chunk_bounds(length, rank, ranks)[0] for rank in range(ranks)]] = True
     starts[:, 0] = True
     targets[torch.rand(ROWS, length, generator=generator) < torch.arange(ROWS)[:, None] / ROWS] = -100
     return Rows(tokens, starts, targets, torch.arange(ROWS) + step * ROWS)
@@ -101,6 +104,7 @@ def reference(
     steps: int,
     precision: Precision = Precision(),
     micro: int = ROWS,
+    chosen: OptimizerConfig = OPTIMIZER,
     prepare: Callable[[HybridLM], None] = unchanged,
 ) -> list[dict]:
     """What one process makes of it: loss, norm, gradients before clipping and weights after, of each step. prepare:
@@ -109,7 +113,7 @@ def reference(
     initialise_model(model, seed=0)
     prepare(model)
     initial = {name: p.detach()[: model.table()[name].shape[0]].clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), model.table(), 0.1))
+    optimizer = build_optimizer(chosen, parameter_groups(model.named_parameters(), model.table(), 0.1))
     record = []
     for step in range(steps):
         batch, loss, counts = global_batch(step), 0.0, {}
@@ -206,7 +210,9 @@ def start_engine(
     prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
     where = Placement(offload_optimizer=layout.offload)
-    return Engine(model, model.table(), OPTIMIZER, zero_stage=layout.zero, mesh=mesh, options=options, placement=where)
+    return Engine(
+        model, model.table(), layout.optimizer, zero_stage=layout.zero, mesh=mesh, options=options, placement=where
+    )
 
 
 def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
@@ -246,7 +252,7 @@ def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
     gradients = logical(engine, engine.gradients())
     norm = Health(engine.table, mesh, max_skipped=1).norm(engine)
     assert math.isfinite(norm)
-    engine.apply(OPTIMIZER.learning_rate, clip_coefficient(norm, CLIP))
+    engine.apply(layout.optimizer.learning_rate, clip_coefficient(norm, CLIP))
     engine.add(model.adjustments(counts))
     return {"loss": mesh.sum(loss if mesh.tells_tokens else 0.0), "norm": norm, "gradients": gradients}
 

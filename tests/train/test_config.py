@@ -12,6 +12,8 @@ from launch.recipes import FOLDER, shipped
 from model.hybrid import parameter_count
 from train import config
 from train.config import ConfigError, Recipe, load_recipe
+from train.muon import MuonConfig
+from train.optim import AdamWConfig
 from train.schedule import WSD, Cosine
 
 TINY = FOLDER / "tiny.toml"
@@ -55,6 +57,12 @@ def test_a_section_of_another_kind_replaces_the_old_one():
     assert "schedule.decay_tokens: unknown key for kind cosine" in refused(
         "schedule.kind=cosine", "schedule.decay_tokens=1"
     )
+
+
+def test_an_optimizer_without_a_kind_is_adamw():
+    """Recipes from before there was another one go on as they were; one word makes Muon of them."""
+    assert load_recipe(TINY).optimizer == AdamWConfig(3e-3)
+    assert load_recipe(TINY, ["optimizer.kind=muon", "parallel.zero_stage=0"]).optimizer == MuonConfig(3e-3)
 
 
 def test_derived_numbers():
@@ -104,7 +112,11 @@ def test_derived_numbers():
         ("generation.temperature=-1", "generation.temperature: got -1.0, wants 0 (greedy) or more"),
         ("logging.wandb_mode=on", "logging.wandb_mode: got 'on', wants one of online, offline"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: got 0.0, wants a positive number"),
-        ("optimizer.kind=sgd", "optimizer.kind: got 'sgd', wants adamw"),
+        ("optimizer.kind=sgd", "optimizer.kind: got 'sgd', wants one of adamw, muon"),
+        ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; optimizer has learning_rate, betas, eps, weight"),
+        ('optimizer={kind="muon"}', "optimizer.learning_rate: missing, wants a number"),
+        ('optimizer={kind="muon", learning_rate=1.0, momentum=1.0}', "optimizer.momentum: got 1.0, wants a number in"),
+        ('optimizer={kind="muon", learning_rate=1.0, ns_step=5}', "optimizer.ns_step: unknown key for kind muon; did"),
         ("name=a/b", "name: got 'a/b', wants a folder name of letters, digits, '.', '_' and '-'"),
         ("seed=-1", "seed: got -1, wants an integer that is not negative"),
         ("model.layers.M.kind=mamba3", "model.layers.M.kind: got 'mamba3', wants one of mamba2, "),
@@ -133,6 +145,10 @@ def test_sections_that_do_not_fit_together_are_refused():
     )
     with pytest.raises(ConfigError, match=r"parallel\.hpz_ranks: got 3, wants a divisor of the 8 ranks: 2"):
         load_recipe(TINY, ["parallel.zero_stage=3", "parallel.hpz_ranks=3"]).check_ranks(8)
+    assert refused("optimizer.kind=muon", "parallel.zero_stage=2") == (
+        "command line: parallel.zero_stage: got 2, wants 0: optimizer.kind muon orthogonalises whole matrices, "
+        "which this stage flattens and cuts"
+    )
     with pytest.raises(ConfigError, match=r"training\.rows_per_step: got 8, wants a multiple of the 3 ranks"):
         load_recipe(TINY).check_ranks(3)
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -20,6 +20,12 @@ class Round:
 class Square:
     side: float = 1.0
     kind: Literal["square"] = "square"
+
+
+@dataclass(frozen=True)
+class Grey:
+    kind: Literal["grey"] = "grey"
+    implied: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Root:
     shapes: tuple[Round | Square, ...] = ()
     by_letter: dict[str, Round | Square] | None = None
     inner: Square = Square()
+    colour: Square | Grey = Square()
 
 
 def problem(values: dict) -> str:
@@ -122,6 +129,7 @@ def test_a_tagged_union_is_told_apart_by_its_kind():
         "shape.kind: got 'rond', wants one of round, square; did you mean round?"
     )
     assert problem({"shape": {"kind": "round"}}) == "shape.radius: missing, wants a number"
+    assert read(Root, {"name": "x", "colour": {}}).colour == Grey(), "one kind may be meant where none is named"
     assert problem({"shape": {"kind": ["round"]}}).startswith("shape.kind: got ['round'], wants one of")
     assert "shapes[1].radius: got 'a'" in problem({"shapes": [{"kind": "square"}, {"kind": "round", "radius": "a"}]})
     assert "by_letter.M.radius: missing" in problem({"by_letter": {"M": {"kind": "round"}}})

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model.params import Constant, Normal, ParamSpec, Table, allocate_table, initialise
 from train.engine import Engine, ZeroOptions
 from train.health import Health
-from train.optim import AdamWConfig, build_optimizer, parameter_groups
+from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
 from train.parallel import Mesh
 
 VOCAB, WIDTH, INNER, LAYERS = 11, 6, 7, 2
@@ -135,10 +135,15 @@ def learning_rate(step: int) -> float:
     return OPTIMIZER.learning_rate * (step + 1) / STEPS
 
 
-def reference(accumulation: int, dtype: torch.dtype = torch.float32, skip: int | None = None) -> list[dict]:
+def reference(
+    accumulation: int,
+    dtype: torch.dtype = torch.float32,
+    skip: int | None = None,
+    config: OptimizerConfig = OPTIMIZER,
+) -> list[dict]:
     """The same training by plain torch on one process: gradients, norm and weights of each step."""
     model, table = Tiny(dtype=dtype), tiny_table()
-    optimizer = build_optimizer(OPTIMIZER, parameter_groups(model.named_parameters(), table, OPTIMIZER.weight_decay))
+    optimizer = build_optimizer(config, parameter_groups(model.named_parameters(), table, config.weight_decay))
     record = []
     for step in range(STEPS):
         for micro in micro_batches(step, 0, 1, accumulation):
@@ -160,12 +165,19 @@ def reference(accumulation: int, dtype: torch.dtype = torch.float32, skip: int |
 
 
 def start_engine(
-    mesh: Mesh, stage: int, *, persistent: int = 0, recompute: bool = False, dtype: torch.dtype = torch.float32, **more
+    mesh: Mesh,
+    stage: int,
+    *,
+    persistent: int = 0,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    **more,
 ) -> Engine:
     """The tiny model under a stage, with buckets so small that every way through DeepSpeed is taken."""
     options = ZeroOptions(reduce_bucket=60, gather_bucket=50, prefetch=40, persistent=persistent, sub_group=50)
     model = Tiny(recompute, dtype)
-    return Engine(model, tiny_table(), OPTIMIZER, zero_stage=stage, mesh=mesh, options=options, **more)
+    return Engine(model, tiny_table(), optimizer, zero_stage=stage, mesh=mesh, options=options, **more)
 
 
 def snapshot(engine: Engine) -> list[tuple[str, int, int, dict[str, Tensor]]]:

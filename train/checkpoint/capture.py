@@ -41,7 +41,7 @@ def saved_shapes(engine: Engine) -> dict[TensorKey, tuple[int, ...]]:
     """`(kind, name)` -> logical shape of everything that the ranks together save."""
     shapes: dict[TensorKey, tuple[int, ...]] = {STEPS: ()}
     for name, spec in engine.table.items():
-        for kind in [WEIGHT] if spec.frozen else [WEIGHT, *engine.state_kinds]:
+        for kind in [WEIGHT, *engine.state_kinds(name)]:
             shapes[kind, name] = tuple(spec.shape)
     for name, buffer in persistent_buffers(engine.module).items():
         shapes[BUFFER, name] = tuple(buffer.shape)

@@ -98,9 +98,8 @@ def start_from(engine: Engine, checkpoint: Checkpoint, config: StartConfig) -> d
     Raises ValueError, before anything changes, when the plan does not work out.
     """
     sources = plan(engine.table, checkpoint, config)
-    kinds = [kind for kind in engine.state_kinds if kind.startswith(OPTIMIZER)]
-    if config.optimizer and not set(kinds) <= set(checkpoint.kinds()):
-        raise ValueError(f"start.optimizer: {checkpoint.folder} has no {kinds[0]}; wants false")
+    if config.optimizer:
+        _check_states(engine, checkpoint, sources)
     layout = layouts(engine)
 
     def fill(flat: Tensor, name: str, kind: str, start: int) -> None:
@@ -121,6 +120,20 @@ def start_from(engine: Engine, checkpoint: Checkpoint, config: StartConfig) -> d
         if (BUFFER, name) in checkpoint.manifest.tensors and checkpoint.shape(name, BUFFER) == tuple(buffer.shape):
             checkpoint.read_into(buffer, name, BUFFER, whole_layout(tuple(buffer.shape)))
     return sources
+
+
+def _check_states(engine: Engine, checkpoint: Checkpoint, sources: Mapping[str, str | None]) -> None:
+    """Raises ValueError when no optimizer states were saved, or those of another kind of optimizer."""
+    saved: dict[str, set[str]] = {}
+    for kind in checkpoint.kinds():
+        for trained in checkpoint.names(kind) if kind.startswith(OPTIMIZER) else ():
+            saved.setdefault(trained, set()).add(kind)
+    for name, old in sources.items():
+        if old is None or (saved and old not in saved):
+            continue  # new, or frozen before: its states are zero
+        for kind in engine.state_kinds(name):
+            if kind not in saved.get(old, ()):
+                raise ValueError(f"start.optimizer: {checkpoint.folder} has no {kind} of {old!r}; wants false")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -35,12 +35,12 @@ def peer(quick: bool) -> Iterator[Reading]:
     return hugging_face(recipe, QUICK_STEPS if quick else STEPS, lambda: granite(recipe.model, length), twin)
 
 
-def quickstart() -> "Recipe":
+def quickstart(*overrides: str) -> "Recipe":
     """The shipped recipe without its warm-up, so that the loss falls within a few steps."""
     from launch.recipes import FOLDER
     from train.config import load_recipe
 
-    return load_recipe(FOLDER / "quickstart.toml", ["schedule.warmup_fraction=0.0"])
+    return load_recipe(FOLDER / "quickstart.toml", ["schedule.warmup_fraction=0.0", *overrides])
 
 
 def granite(config: "ModelConfig", length: int) -> "nn.Module":

@@ -159,7 +159,7 @@ def test_flash_attn_is_asked_for_the_same_map(flash, window, documents, cap):
     """Windows, caps and document bounds in flash-attn's own terms, with the backward that repeats itself to the bit."""
     q, k, v = leaf(B, 20, H, P), leaf(B, 20, K, P, seed=1), leaf(B, 20, K, P, seed=2)
     bounds = None if documents is None else document_bounds(documents)
-    got = module._flash(q, k, v, window, bounds, 0.3, cap)
+    got = module._flash(q, module._Keys.of(k, v, None, bounds, None), window, 0.3, cap)
     options = {"window": window, "documents": documents, "scale": 0.3, "cap": cap}
     assert_same([got], [attention(q, k, v, **options, backend="reference")], 1e-12)
     assert all(call["deterministic"] and call["causal"] for call in flash)
@@ -170,7 +170,9 @@ def test_flash_attn_waits_for_nothing(monkeypatch):
     fake = FakeModule(flash_attn_func=None, flash_attn_varlen_func=lambda q, *rest, **options: q)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     q, bounds = torch.empty(B, 20, H, P, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
-    assert module._flash(q, q, q, 4, bounds, 0.3).shape == q.shape
+    past = Past(q[:, :7], q[:, :7], torch.empty(B, dtype=torch.int64, device="meta"))
+    for before in (None, past):
+        assert module._flash(q, module._Keys.of(q, q, None, bounds, before), 4, 0.3).shape == q.shape
 
 
 def test_document_bounds():

@@ -3,6 +3,7 @@ asserts what its package checks (causal-conv1d 1.7 csrc/causal_conv1d.cpp, mamba
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from model.ops.backend import Backend, chosen, request
 from model.ops.conv import causal_conv, causal_conv_reference
 from model.ops.ssd import ssd
 from model.registry import KINDS  # noqa: F401  (its layers declare every op)
-from tests.model.ops.support import assert_same, leaf, packed
+from tests.model.ops.support import assert_same, leaf, outputs_and_gradients, packed
 
 HALF = torch.bfloat16
 
@@ -90,6 +91,7 @@ def scan(P: int = 4, chunk: int = 128, dtype=HALF, **kwargs) -> Tensor:
         attend,
         lambda: attend(P=12, window=3),
         lambda: attend(P=256, documents=packed([2, 4])),
+        lambda: attend(past=Past(*[leaf(1, 2, 2, 8, dtype=HALF)] * 2, torch.tensor([2]))),
         scan,
         lambda: scan(chunk=40),
         lambda: scan(chunk=5),
@@ -118,12 +120,6 @@ def test_auto_takes_the_fused_kernel(run):
         ),
         (lambda: attend(P=264), "attention", "flash_attn", "head_dim is 264, it takes 1 to 256"),
         (lambda: attend(dtype=torch.float32), "attention", "flash_attn", "it does not take torch.float32"),
-        (
-            lambda: attend(past=Past(*[leaf(1, 2, 2, 8, dtype=HALF)] * 2, torch.tensor([2]))),
-            "attention",
-            "flash_attn",
-            "it has no past",
-        ),
         (lambda: scan(P=512), "ssd", "mamba_ssm", "head_dim is 512, it takes 1 to 256"),
         (lambda: scan(dtype=torch.float64), "ssd", "mamba_ssm", "it does not take torch.float64"),
     ],
@@ -151,36 +147,83 @@ def test_one_token_after_a_state_goes_to_plain_torch():
     assert chosen() == {"ssd": "mamba_ssm, torch", "conv": "causal_conv1d, torch"}
 
 
-@pytest.mark.parametrize("grouped", ["by the kernel", "by us"])
+@pytest.mark.parametrize("grouped", ["by the kernel", "by us", "by flash-attn"])
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("lengths", [None, ([2, 4, 5], [11])])
-def test_torchs_varlen_attention_is_asked_for_the_same(monkeypatch, grouped, window, lengths):
-    """Documents, windows and groups of heads in its conventions: a fake computes what it was asked."""
+@pytest.mark.parametrize("past", [None, [0, 5], [3, 1]])
+def test_packed_sequences_are_asked_for_the_same(monkeypatch, grouped, window, lengths, past):
+    """Documents, windows, groups of heads and what is past, in the conventions of kernels for packed sequences: a fake
+    computes what it was asked, and leaves rubbish where kernels leave what they found."""
+
+    class Rubbish(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, used):
+            ctx.used = used
+            return x
+
+        @staticmethod
+        def backward(ctx, d):
+            d = d.clone()
+            d[ctx.used :] = float("nan")
+            return d, None
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
-        assert max_q == max_k >= cu_q.diff().max() and window_size[1] == 0
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k) and cu_q[-1] == len(q)
+        assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max() and window_size[1] == 0
         assert enable_gqa == (q.shape[1] != k.shape[1])
-        limit = len(q) if window_size[0] < 0 else window_size[0] + 1
-        spans = [slice(a, b) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
-        parts = [attention_reference(q[None, s], k[None, s], v[None, s], None, limit, scale)[0] for s in spans]
+        k, v = Rubbish.apply(k, int(cu_k[-1])), Rubbish.apply(v, int(cu_k[-1]))
+        limit = len(k) if window_size[0] < 0 else window_size[0] + 1
+        rows, seen = ([slice(a, b) for a, b in pairwise(cu)] for cu in (cu_q, cu_k))
+        parts = [
+            attention_reference(q[None, i], k[None, j], v[None, j], None, limit, scale)[0]
+            for i, j in zip(rows, seen, strict=True)
+        ]
         return torch.cat(parts)
 
     def older(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
         return kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
+    def flash_attn(q, k, v, *ends, softmax_scale, causal, window_size, deterministic):
+        assert causal and deterministic
+        if not ends:
+            rows = torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
+            packed_ = (x.flatten(0, 1) for x in (q, k, v))
+            return flash_attn(
+                *packed_,
+                rows,
+                rows,
+                11,
+                11,
+                softmax_scale=softmax_scale,
+                causal=True,
+                window_size=window_size,
+                deterministic=True,
+            ).view(q.shape)
+        visible = (window_size[0], 0)
+        return kernel(q, k, v, *ends, scale=softmax_scale, window_size=visible, enable_gqa=q.shape[1] != k.shape[1])
+
     import torch.nn.attention.varlen as varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel if grouped == "by the kernel" else older)
+    package = SimpleNamespace(flash_attn_func=flash_attn, flash_attn_varlen_func=flash_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     q, k, v = leaf(2, 11, 4, 8, dtype=HALF), leaf(2, 11, 2, 8, dtype=HALF), leaf(2, 11, 2, 8, dtype=HALF, seed=1)
+    cached = [leaf(2, 5, 2, 8, dtype=HALF, seed=seed) for seed in (2, 3)]
+    before = None if past is None else Past(*cached, torch.tensor(past))
     documents = None if lengths is None else packed(*lengths)
-    ask = {"window": window, "documents": documents, "scale": 0.3}
-    assert_same(
-        [attention(q, k, v, backend="torch_varlen", **ask)], [attention(q, k, v, backend="reference", **ask)], 1e-6
-    )
-    for lacking in ({"cap": 2.0}, {"past": Past(k, v, torch.tensor([2, 2]))}):
-        with pytest.raises(ValueError, match="torch_varlen' cannot serve this call: it has no"):
-            attention(q, k, v, backend="torch_varlen", **lacking)
+    if documents is not None and past == [3, 1]:
+        documents = documents + torch.tensor([[0], [1]])  # the second row begins with a document: it sees no past
+    leaves = [q, k, v, *(cached if past else [])]
+
+    def run(backend: str) -> list[Tensor]:
+        ask = {"window": window, "documents": documents, "scale": 0.3, "past": before}
+        return outputs_and_gradients(lambda: [attention(q, k, v, backend=backend, **ask)], leaves)
+
+    got, want = run("flash_attn" if grouped == "by flash-attn" else "torch_varlen"), run("reference")
+    assert_same(got[:1], want[:1], 1e-6)
+    assert_same(got[1:], want[1:], 1e-2)  # keys' gradients are rounded before heads are added up
+    with pytest.raises(ValueError, match="torch_varlen' cannot serve this call: it has no"):
+        attention(q, k, v, backend="torch_varlen", cap=2.0)
 
 
 def test_flash_attn_wants_an_ampere_gpu(monkeypatch):

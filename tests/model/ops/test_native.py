@@ -43,13 +43,13 @@ def a_norm(dtype: torch.dtype, gate: str, out: torch.dtype, groups: int = 1) -> 
     )
 
 
-def a_conv(dtype: torch.dtype, k: int, documents: bool, bias: bool, activation: str | None) -> Run:
+def a_conv(dtype: torch.dtype, k: int, documents: bool, bias: bool, activation: str | None, state: bool = False) -> Run:
     x, w, b = leaf(2, 41, 150, dtype=dtype), leaf(147, k, dtype=torch.float32), leaf(147, dtype=torch.float32)
     index = packed([1, 2, 20, 18], [41]) if documents else None
-    offset = b if bias else None
+    offset, before = b if bias else None, leaf(2, k - 1, 147, dtype=dtype, seed=1) if state else None
     return (
-        lambda: [causal_conv(slice_of(x, 147), w, offset, documents=index, activation=activation)[0]],
-        [x, w, b] if bias else [x, w],
+        lambda: [causal_conv(slice_of(x, 147), w, offset, documents=index, state=before, activation=activation)[0]],
+        [v for v in (x, w, offset, before) if v is not None],
     )
 
 
@@ -106,6 +106,8 @@ RUNS: dict[str, Callable[[], Run]] = {
     "norm first in bfloat16": lambda: a_norm(BF16, "norm first", BF16),
     "conv": lambda: a_conv(F32, 4, True, True, "silu"),
     "conv in bfloat16": lambda: a_conv(BF16, 4, True, True, "silu"),
+    "conv after a state": lambda: a_conv(F32, 4, True, True, "silu", state=True),
+    "conv after a state in bfloat16": lambda: a_conv(BF16, 3, False, True, "silu", state=True),
     "conv of one tap": lambda: a_conv(F32, 1, True, False, None),
     "conv of sixteen taps": lambda: a_conv(F32, 16, False, True, None),
     "scan": lambda: a_scan(F32, False, False, 16, 1),
