@@ -4,6 +4,7 @@ Legend: B batch rows, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
@@ -347,9 +348,12 @@ def _rows(state: Any, chosen: Tensor) -> Any:
 
 
 def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = None) -> None:
-    """Draws the initial values of every parameter (or of `names`), the same in every layout and on every device."""
+    """Draws the initial values of every parameter (or of `names`), the same in every layout and on every device, by as
+    many threads as torch has."""
     table = model.table()
     chosen = set(table if names is None else names)
-    for name, parameter in model.named_parameters():
-        if name in chosen:
-            initialise(parameter, name, table[name], seed, *model.mesh.place)
+    wanted = [(name, parameter) for name, parameter in model.named_parameters() if name in chosen]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        drawn = [threads.submit(initialise, p, name, table[name], seed, *model.mesh.place) for name, p in wanted]
+        for parameter in drawn:
+            parameter.result()

@@ -1,4 +1,6 @@
-"""Skips what this machine cannot run."""
+"""Skips what this machine cannot run, and keeps Triton from tuning in tests."""
+
+import math
 
 import pytest
 import torch
@@ -16,3 +18,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, skip in missing.items():
             if skip is not None and item.get_closest_marker(name):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def untuned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU mamba-ssm's kernels are compiled in every configuration that might be the fastest, minutes in all; tests
+    take the smallest, which fits every GPU."""
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        return
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    run = autotuner.run
+
+    def smallest(self, *args, **kwargs):
+        self.configs = [min(self.configs, key=lambda config: math.prod(config.kwargs.values()) * config.num_stages)]
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(autotuner, "run", smallest)

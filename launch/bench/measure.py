@@ -1,7 +1,8 @@
 """Measures a row: both sides alive at once, each in a fresh process of the same environment, asked in turn.
 
 A round is one reading of ours, then one of the peer's, while the other process waits; so what else the machine does
-meets both, and the ratio is steadier than either number.
+meets both, and the ratio is steadier than either number. On a GPU, whose memory may not hold both models and which
+nobody shares, one side runs after the other, and a side that several rows have is measured once.
 """
 
 import json
@@ -145,15 +146,27 @@ class Result:
         }
 
 
-def measure(row: Row, rounds: int, quick: bool, say: Say) -> Result:
+def measure(row: Row, rounds: int, quick: bool, say: Say, known: dict[Measure, list[Reading]] | None = None) -> Result:
     """Both sides of a row, or ours alone where the peer is not installed. Raises SideFailed.
 
-    rounds: readings of each side that count. quick: what the sides make of it is theirs. say: hears of progress.
+    rounds: readings of each side that count. quick: what the sides make of it is theirs. say: hears of progress. known:
+    readings of sides on a GPU, of the rows before, to which this row's are added.
     """
+    known = {} if known is None else known
+    sides = {OURS: row.ours} | ({} if row.missing else {row.peer_name: row.peer})
+    if not row.cuda:
+        return _result(row, _turns(row, sides, rounds, quick, say))
+    for name, side in sides.items():
+        if side not in known:
+            known[side] = _turns(row, {name: side}, rounds, quick, say)[name]
+    return _result(row, {name: known[side] for name, side in sides.items()})
+
+
+def _turns(row: Row, sides: Mapping[str, Measure], rounds: int, quick: bool, say: Say) -> dict[str, list[Reading]]:
+    """`rounds` readings of each side, in turn."""
     variables = environment()
     readings: dict[str, list[Reading]] = {}
     with ExitStack() as stack:
-        sides = {OURS: row.ours} | ({} if row.missing else {row.peer_name: row.peer})
         workers: list[Worker] = []
         for name, function in sides.items():
             say(f"{row.name}: {name}: setting up and warming up")
@@ -167,7 +180,7 @@ def measure(row: Row, rounds: int, quick: bool, say: Say) -> Result:
                 readings[worker.name].append(worker.reading())
             values = ", ".join(f"{name} {taken[-1].value:,.4g}" for name, taken in readings.items())
             say(f"{row.name}: round {number + 1} of {rounds}: {values} {row.unit}")
-    return _result(row, readings)
+    return readings
 
 
 def _result(row: Row, readings: Mapping[str, Sequence[Reading]]) -> Result:

@@ -48,7 +48,7 @@ class Row:
     measures: one sentence. higher_is_better: False for seconds and bytes. peer_name: what ours is compared with.
     needs: modules that the peer needs. absent: what else of it is missing, in words. note: what a reader must know to
     judge the comparison. derive: further keys of the result, from both sides (the peer's is None where it is not
-    installed). warmup: rounds that are thrown away.
+    installed). warmup: rounds that are thrown away. cuda: it needs a GPU, whose memory holds one side at a time.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Row:
     note: str = ""
     derive: Callable[[Side, Side | None], dict[str, Any]] = _nothing_more
     warmup: int = 1
+    cuda: bool = False
 
     @property
     def missing(self) -> list[str]:

@@ -34,7 +34,8 @@ def render_list(rows: Sequence[Row]) -> str:
     for row in rows:
         missing = row.missing
         state = f" ({NOT_INSTALLED}: pip install {' '.join(missing)})" if missing else ""
-        lines += [f"{row.name} [{row.unit}]", f"  {row.measures}", f"  peer: {row.peer_name}{state}"]
+        where = ", on a GPU" if row.cuda else ""
+        lines += [f"{row.name} [{row.unit}{where}]", f"  {row.measures}", f"  peer: {row.peer_name}{state}"]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ A reading is tokens per second over whole steps: forward, backward, gradient nor
 the same packed rows and must learn: a reading whose loss has not fallen since the first step is an error.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from train.engine import Engine
 from train.hardware import Peak, device_peak
 from train.health import Health
 from train.loop import mean_forward_flops, train_step
+from train.optim import build_optimizer, parameter_groups
 from train.parallel import Mesh, choose_device, open_mesh
 from train.run import Clock, Run
 
@@ -120,6 +122,40 @@ def braid_rank(rank: int, size: int, argument: tuple[Recipe, int]) -> Iterator[N
             yield
 
 
+def plain_loop(recipe: Recipe, steps: int) -> Iterator[Reading]:
+    """The same model in a loop of plain torch: no engine, no mesh, no record."""
+    training, device = recipe.training, choose_device(recipe.parallel.device)
+    request(training.backends)
+    model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, device=device)
+    initialise_model(model, recipe.seed)
+    groups = parameter_groups(model.named_parameters(), model.table(), recipe.optimizer.weight_decay)
+    optimizer, rows = build_optimizer(recipe.optimizer, groups), packed_rows(recipe)
+
+    def step() -> float:
+        batches = rows.next_step()
+        valid = sum(batch.valid for batch in batches)
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            out = model(batch.tokens.to(device), batch.starts.to(device), batch.targets.to(device))
+            loss = out.nll.sum() / valid
+            loss.backward()
+            total += loss.detach()
+        if training.clip_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.item()
+
+    length = training.sequence_length
+    facts = {
+        "flops_per_token": 3 * forward_flops(recipe.model, length, lambda window: (length + 1) / 2),
+        "peak_flops": device_peak(device).flops,
+        "precision": "ours",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    yield from _readings(step, steps, training.tokens_per_step, device, facts)
+
+
 def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], peer: ModelConfig) -> Iterator[Reading]:
     """The peer's side, in the faster of two precisions: bf16 autocast over float32 weights, or bf16 weights.
 
@@ -133,6 +169,7 @@ def hugging_face(recipe: Recipe, steps: int, build: Callable[[], nn.Module], pee
         step = peer_step(recipe, build(), precision, device)
         trials[precision] = min(_timed(step, device)[0] for _ in range(PEER_TRIALS))
         del step
+        gc.collect()  # modules that know each other would hold the GPU's memory
     fastest = min(trials, key=lambda precision: trials[precision])
     model = build()
     length = recipe.training.sequence_length
@@ -167,6 +204,11 @@ def utilisation(ours: Side, peer: Side | None) -> dict[str, Any]:
         "peer_precision": None if peer is None else peer.facts["precision"],
         "parameters": ours.facts["parameters"],
         "peer_parameters": None if peer is None else peer.facts["parameters"],
+        **{
+            name: side.facts["peak_gib"]
+            for name, side in (("peak_gib", ours), ("peer_peak_gib", peer))
+            if side is not None and "peak_gib" in side.facts
+        },
     }
 
 
@@ -205,14 +247,18 @@ def peer_step(recipe: Recipe, model: nn.Module, precision: str, device: torch.de
 def _readings(
     step: Callable[[], float], steps: int, tokens: int, device: torch.device, facts: dict[str, Any]
 ) -> Iterator[Reading]:
+    """On a GPU with the most memory that tensors took up since the model was made."""
     first: float | None = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     while True:
         seconds, losses = _timed(lambda: [step() for _ in range(steps)], device)
         if first is None:
             first = losses[0]
         elif losses[-1] >= first:
             raise RuntimeError(f"the loss went from {first:.3f} to {losses[-1]:.3f}: this model does not train")
-        yield Reading(steps * tokens / seconds, facts | {"first_loss": first, "last_loss": losses[-1]})
+        held = {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+        yield Reading(steps * tokens / seconds, facts | held | {"first_loss": first, "last_loss": losses[-1]})
 
 
 def _timed(action: Callable[[], T], device: torch.device) -> tuple[float, T]:

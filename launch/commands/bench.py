@@ -1,4 +1,5 @@
-"""Measures Braid beside the peers that are installed here, one row per benchmark; all of them when none is named.
+"""Measures Braid beside the peers that are installed here, one row per benchmark; when none is named, all that can run
+here.
 
 Both sides run in the same environment and take turns, round by round. A ratio above 1 means that Braid is better. Exit
 code 1 when a row failed; the others are printed all the same.
@@ -8,13 +9,13 @@ import argparse
 import json
 import sys
 
-from launch.bench.row import Row
+from launch.bench.row import Measure, Reading, Row
 
 ROUNDS, QUICK_ROUNDS = 7, 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="what to measure (default: everything)")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="what to measure (default: all that can run)")
     parser.add_argument("--json", action="store_true", help="a JSON list of rows on stdout, and nothing else there")
     parser.add_argument("--list", action="store_true", help="say what each row measures, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="few and short rounds: the order of magnitude")
@@ -35,7 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print(json.dumps([_listed(row) for row in rows], indent=2) if arguments.json else render_list(rows))
         return 0
+    rows = _possible(rows, named=bool(arguments.rows))
     return measure_rows(rows, rounds, arguments.quick, arguments.json)
+
+
+def _possible(rows: list[Row], named: bool) -> list[Row]:
+    """The rows that can run here. Raises ValueError when one that was named cannot."""
+    import torch
+
+    stuck = [] if torch.cuda.is_available() else [row.name for row in rows if row.cuda]
+    if stuck and named:
+        raise ValueError(f"row: got {', '.join(stuck)}, which needs a GPU; torch finds no CUDA device here")
+    if stuck:
+        _say(f"left out, for want of a GPU: {', '.join(stuck)}")
+    return [row for row in rows if row.name not in stuck]
 
 
 def measure_rows(rows: list[Row], rounds: int, quick: bool, as_json: bool) -> int:
@@ -46,9 +60,10 @@ def measure_rows(rows: list[Row], rounds: int, quick: bool, as_json: bool) -> in
 
     here = machine.describe(environment())
     results, failed = [], False
+    known: dict[Measure, list[Reading]] = {}
     for row in rows:
         try:
-            results.append(measure(row, rounds, quick, _say))
+            results.append(measure(row, rounds, quick, _say, known))
         except SideFailed as error:
             failed = True
             print(f"braid: error: {row.name}: {error}", file=sys.stderr)
@@ -71,5 +86,6 @@ def _listed(row: Row) -> dict[str, object]:
         "higher_is_better": row.higher_is_better,
         "peer_name": row.peer_name,
         "missing": row.missing,
+        "cuda": row.cuda,
         "note": row.note,
     }

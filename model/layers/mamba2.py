@@ -38,6 +38,7 @@ from model.layers.base import (
     require,
 )
 from model.ops.conv import causal_conv
+from model.ops.mamba2 import conv_scan_norm, is_one_kernel
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
 from model.ops.ssd_summary import ssd_summary
@@ -220,7 +221,10 @@ class Mamba2(nn.Module):
         cfg = self.config
         alone = ctx.documents.single and state is None and not ctx.spread
         documents = None if alone else ctx.documents.index
-        *beside, z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        projected = self.in_proj(u)
+        if self._is_one_kernel(projected, documents is not None, ctx.spread or state is not None or ctx.carry):
+            return LayerOutput(self.out_proj(self._conv_scan_norm(projected, documents)))
+        *beside, z, xBC, dt = projected.split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
             xBC,
             self.conv_weight,
@@ -257,6 +261,37 @@ class Mamba2(nn.Module):
         if self.mlp_out is not None:
             y = y + self.mlp_out(swiglu(*beside))
         return LayerOutput(y, Mamba2State(conv, ssm) if ctx.carry else None)
+
+    def _is_one_kernel(self, projected: Tensor, documents: bool, state: bool) -> bool:
+        channels, taps = self.conv_weight.shape
+        return is_one_kernel(
+            projected,
+            documents=documents,
+            state=state,
+            mlp=self.mlp_out is not None,
+            shared=self.group_of is not None or self.norm_group_of is not None,
+            head_dim=self.config.head_dim,
+            taps=taps,
+            channels=channels,
+        )
+
+    def _conv_scan_norm(self, projected: Tensor, documents: Tensor | None) -> Tensor:
+        return conv_scan_norm(
+            projected,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            -torch.exp(self.A_log),
+            self.D,
+            self.norm_weight,
+            self.eps,
+            documents=documents,
+            head_dim=self.config.head_dim,
+            groups=self.groups,
+            chunk=self.config.chunk,
+            dt_limit=self.config.dt_limit,
+            norm_before_gate=self.config.norm_before_gate,
+        )
 
     def _gate(self, y: Tensor, z: Tensor, ctx: Context) -> Tensor:
         if self.norm_weight is None:

@@ -22,7 +22,7 @@ class Backend:
 
     can: the features it has, out of the op's own words ("documents", "initial_state", ...). dtypes: of the op's main
     input. sizes: those it takes, of the sizes that the op names ("head_dim", ...); any of one that is not here. module:
-    the package it imports, None for plain torch. device: "cuda", "cpu" or "any". capability: the least CUDA compute
+    the packages it imports, None for plain torch. device: "cuda", "cpu" or "any". capability: the least CUDA compute
     capability. ready: whether what else it needs is here.
     """
 
@@ -58,12 +58,15 @@ class Backend:
 
 @cache
 def _importable(module: str | None) -> bool:
-    return module is None or find_spec(module) is not None
+    return module is None or all(find_spec(name) is not None for name in module.split())
 
 
 _declared: dict[str, tuple[Backend, ...]] = {}
 _requested: dict[str, str] = {}
 _chosen: dict[str, set[str]] = {}
+_decided: dict[tuple, Backend] = {}
+"""Choices on a GPU, where a training step asks the same hundreds of times and whether it is there takes long to find
+out. (On a CPU tests take the compiler away.)"""
 
 
 def declare(op: str, *backends: Backend) -> None:
@@ -95,6 +98,11 @@ def request(backends: Mapping[str, str]) -> None:
     _requested.update(backends)
 
 
+def requested(op: str) -> str:
+    """The backend of `op` that `request` has set: "auto" or a name."""
+    return _requested.get(op, "auto")
+
+
 def chosen() -> dict[str, str]:
     """Op -> the backends its calls have used so far in this process, for the line printed at start."""
     return {op: ", ".join(sorted(names)) for op, names in sorted(_chosen.items())}
@@ -102,7 +110,7 @@ def chosen() -> dict[str, str]:
 
 def choose(
     op: str,
-    requested: str | None = None,
+    named: str | None = None,
     *,
     needs: Iterable[str] = (),
     sizes: Mapping[str, int] = {},
@@ -112,12 +120,30 @@ def choose(
 ) -> Backend:
     """The backend for one call of `op`.
 
-    requested: a name, "auto", or None for what `request` has set. needs, sizes: the features and the sizes of the call,
+    named: a name, "auto", or None for what `request` has set. needs, sizes: the features and the sizes of the call,
     in the op's own words; every size that a backend limits must be here. prefer: what auto takes first, the op's order
     aside. Raises ValueError if the named backend is unknown, missing, or unable to do what the call needs.
     """
-    backends, name = _declared[op], requested or _requested.get(op, "auto")
-    needs = tuple(needs)
+    name, needs = named or requested(op), tuple(needs)
+    if device.type != "cuda":
+        backend = _decide(op, name, needs, sizes, prefer, dtype, device)
+    else:
+        key = (op, name, needs, tuple(sizes.items()), prefer, dtype, device)
+        backend = _decided.get(key) or _decided.setdefault(key, _decide(op, name, needs, sizes, prefer, dtype, device))
+    _chosen.setdefault(op, set()).add(backend.name)
+    return backend
+
+
+def _decide(
+    op: str,
+    name: str,
+    needs: tuple[str, ...],
+    sizes: Mapping[str, int],
+    prefer: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Backend:
+    backends = _declared[op]
     if name == "auto":
         order = sorted(backends, key=lambda b: b.name != prefer)
         able = (b for b in order if not b.lacks(needs, sizes, dtype, device) and b.available())
@@ -128,10 +154,9 @@ def choose(
         check_names({op: name})
         backend = next(b for b in backends if b.name == name)
         if not backend.available():
-            wants = f"the package {backend.module}" if backend.module else "a CUDA device"
+            wants = f"the package {backend.module.replace(' ', ' and ')}" if backend.module else "a CUDA device"
             wants = wants if backend.ready is None else "a C++ compiler (and BRAID_NATIVE unset)"
             raise ValueError(f"{op}: backend {name!r} needs {wants}, which is missing here; install it or use auto")
         if reason := backend.lacks(needs, sizes, dtype, device):
             raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}; use auto or another backend")
-    _chosen.setdefault(op, set()).add(backend.name)
     return backend

@@ -280,10 +280,14 @@ class _Row:
 
 def _causal_conv1d(x, weight, bias, documents, state, activation) -> Tensor:
     # Documents and states want the layout with channels last, which x (B, T, C) seen as (B, C, T) has, at strides in
-    # eights. `contiguous` would keep the strides of a wider tensor where there is but one token or row.
+    # eights, as most slices of a projection have them. For others, `contiguous` would keep the strides of a wider
+    # tensor where there is but one token or row.
     from causal_conv1d import causal_conv1d_fn
 
-    x = x.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    row, token, channel = x.stride()
+    if channel != 1 or row % 8 or token % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    x = x.transpose(1, 2)
     bias = None if bias is None else bias.to(x.dtype)
     index = None if documents is None else documents.to(torch.int32).contiguous()
     before = None if state is None else state.to(x.dtype).contiguous().transpose(1, 2)

@@ -7,24 +7,27 @@ Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import Backend, choose, declare
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
 from model.ops.native import NATIVE_DTYPES, native_ready, run_native
 
 declare(
     "head",
+    Backend("triton", frozenset(), HALVES | {torch.float32}, module="triton", device="cuda", capability=(8, 0)),
     Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
     Backend("torch", frozenset()),
 )
 
 IGNORE = -100
 CHUNK = 2**22  # logits at a time on a CPU: 16 MiB in float32
+TILE = 128  # tokens: matmuls take whole tiles of them
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part):
         wide = wide_dtype(dtype)
-        h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
-        t, away = _local_targets(t, vocab_size, part)
+        h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+        t, away = _local_targets(targets.flatten(), vocab_size, part)
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
-        fast = choose("head", dtype=dtype, device=h.device).name == "native"
+        fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
+        w = _multiplied(weight, vocab_size, fast).to(dtype)
         for rows, raw, logits in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
-            if logits is None:
-                run_native("log_sum_exp", dtype, raw, lse[rows], *raw.shape)
+            if fast is not None:
+                fast.log_sum_exp(raw, vocab_size, lse[rows])
             else:
+                assert logits is not None
                 top = logits.copy_(raw).amax(-1, keepdim=True)
                 total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
                 lse[rows] = total.log_().add_(top).squeeze(1)
@@ -105,8 +110,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_nll):
         hidden, weight, targets, lse = ctx.saved_tensors
-        dtype, vocab_size, wide = ctx.dtype, ctx.vocab_size, lse.dtype
-        h, w, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight[:vocab_size].to(dtype), targets.flatten()
+        dtype, vocab_size, wide, fast = ctx.dtype, ctx.vocab_size, lse.dtype, ctx.fast
+        h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+        w = _multiplied(weight, vocab_size, fast).to(dtype)
+        t = targets.flatten().contiguous()  # targets may be one column of wider rows
         g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         t, away = _local_targets(t, vocab_size, ctx.part)
@@ -115,16 +122,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
         part = torch.empty_like(w)
-        for rows, raw, d in _chunks(len(t), w, wide, ctx.fast):
+        for rows, raw, d in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
-            if d is None:
-                run_native("softmax_slope", dtype, raw, lse[rows], share[rows], g[rows], t[rows], *raw.shape)
+            if fast is not None:
+                fast.softmax_slope(raw, vocab_size, lse[rows], share[rows], g[rows], t[rows])
             else:
+                assert d is not None
                 exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
                 d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
                 raw.copy_(d)
             dh.view(-1, dh.shape[-1])[rows] = raw @ w
-            dw[:vocab_size] += torch.mm(raw.t(), h[rows], out=part)
+            dw[: len(w)] += torch.mm(raw.t(), h[rows], out=part)
         return dh, dw.to(weight.dtype), None, None, None, None, None
 
 
@@ -136,12 +144,58 @@ def _local_targets(t: Tensor, vocab_size: int, part: VocabularyPart | None) -> t
     return local.clamp(0, vocab_size - 1), (local < 0) | (local >= vocab_size)
 
 
-def _chunks(n: int, w: Tensor, wide: torch.dtype, fast: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+class Softmax(Protocol):
+    """Works on rows of logits (n, V or more) in the matmul's dtype, of which the first V stand for tokens.
+
+    padded: it takes more.
+    """
+
+    padded: bool
+
+    def log_sum_exp(self, logits: Tensor, V: int, out: Tensor) -> None:
+        """Into out, (n,) float32."""
+
+    def softmax_slope(self, logits: Tensor, V: int, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        """The logits become share softmax(logits), less `own` at the target, and 0 from V on; lse, share and own (n,)
+        float32."""
+
+
+class _NativeSoftmax:
+    padded = False
+
+    def log_sum_exp(self, logits: Tensor, V: int, out: Tensor) -> None:
+        run_native("log_sum_exp", logits.dtype, logits, out, *logits.shape)
+
+    def softmax_slope(self, logits: Tensor, V: int, lse: Tensor, share: Tensor, own: Tensor, target: Tensor) -> None:
+        run_native("softmax_slope", logits.dtype, logits, lse, share, own, target, *logits.shape)
+
+
+def _softmax(name: str) -> Softmax | None:
+    """None: in plain torch, on a copy of the logits in float32."""
+    if name == "triton":
+        from model.ops.head_triton import TritonSoftmax
+
+        return TritonSoftmax()
+    return _NativeSoftmax() if name == "native" else None
+
+
+def _multiplied(weight: Tensor, vocab_size: int, fast: Softmax | None) -> Tensor:
+    """The rows of the weight that take part in matmuls. The padding does where the softmax can leave it out: a GPU's
+    matmul of an odd number of rows takes kernels that load one number at a time, five times as slow."""
+    return weight if fast is not None and fast.padded else weight[:vocab_size]
+
+
+def _chunks(
+    n: int, w: Tensor, wide: torch.dtype, fast: Softmax | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Rows of tokens with room for their logits, in the matmul's dtype and, unless the softmax is `fast` and takes
     those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the
     work on it."""
     V = len(w)
-    size = min(n, max(16, rows_at_once(w.device, V, CHUNK)))
+    size = max(16, rows_at_once(w.device, V, CHUNK))
+    if size > TILE:
+        size -= size % TILE
+    size = min(n, size)
     raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
     logits = None if fast else torch.empty(size, V, dtype=wide, device=w.device)
     for start in range(0, n, size):

@@ -5,7 +5,8 @@
     swiglu(g, u) = silu(g) u
 
 All of it is elementwise work on rows: in plain torch each op allocates and walks the whole tensor, and keeps it
-for backward. Here rows go through in blocks that stay in the cache, norms in float32, and only inputs are saved.
+for backward. Here rows go through in blocks that stay in the cache, norms in float32, and only inputs are saved; on
+CUDA in one kernel each way (`norm_triton.py`).
 
 Legend: n rows (all leading dimensions together), D width, M groups.
 """
@@ -18,13 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.backend import Backend, choose, declare
+from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
 from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
 
 for op in ("norm", "activation"):
     declare(
         op,
+        Backend(
+            "triton",
+            frozenset(),
+            HALVES | {torch.float32},
+            {"width": range(1, 16385)},  # of a group: a program holds a row of it
+            module="triton",
+            device="cuda",
+            capability=(8, 0),
+        ),
         Backend("native", frozenset(), NATIVE_DTYPES, device="cpu", ready=native_ready),
         Backend("torch", frozenset()),
     )
@@ -33,7 +43,7 @@ BLOCK = 2**18  # elements at a time on a CPU: what stays in a core's cache with 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
     """x: (..., D). weight: (D,). Statistics are float32 (float64 for float64). Returns `dtype`, x's unless given."""
-    return _chosen_norm(x, dtype).apply(x, None, weight, eps, 1, False, dtype or x.dtype)
+    return _chosen_norm(x, 1, dtype).apply(x, None, weight, eps, 1, False, dtype or x.dtype)
 
 
 def gated_rms_norm(
@@ -52,12 +62,16 @@ def gated_rms_norm(
     """
     assert y.shape[-1] % groups == 0, f"{y.shape[-1]} channels do not divide into {groups} groups"
     z = z.to(y.dtype)
-    return _chosen_norm(y, dtype).apply(y, z, weight, eps, groups, norm_before_gate, dtype or y.dtype)
+    return _chosen_norm(y, groups, dtype).apply(y, z, weight, eps, groups, norm_before_gate, dtype or y.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, elementwise, both (..., D)."""
-    name = choose("activation", dtype=gate.dtype, device=gate.device).name
+    name = _activation(gate)
+    if name == "triton":
+        from model.ops.norm_triton import TritonSwiGLU
+
+        return TritonSwiGLU.apply(gate, up)
     return (_NativeSwiGLU if name == "native" else _SwiGLU).apply(gate, up)
 
 
@@ -94,8 +108,16 @@ def spread_gated_rms_norm(
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise, (..., D) (Primer, arXiv 2109.08668)."""
-    name = choose("activation", dtype=x.dtype, device=x.device).name
+    name = _activation(x)
+    if name == "triton":
+        from model.ops.norm_triton import TritonReLU2
+
+        return TritonReLU2.apply(x)
     return (_NativeReLU2 if name == "native" else _ReLU2).apply(x)
+
+
+def _activation(x: Tensor) -> str:
+    return choose("activation", sizes={"width": 1}, dtype=x.dtype, device=x.device).name
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
@@ -105,8 +127,13 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -
     return (normal.flatten(-2) * weight).to(x.dtype)
 
 
-def _chosen_norm(x: Tensor, dtype: torch.dtype | None) -> type["_Norm"] | type["_NativeNorm"]:
-    name = choose("norm", dtype=x.dtype, device=x.device).name
+def _chosen_norm(x: Tensor, groups: int, dtype: torch.dtype | None) -> type[torch.autograd.Function]:
+    sizes = {"width": x.shape[-1] // groups}
+    name = choose("norm", sizes=sizes, dtype=x.dtype, device=x.device).name
+    if name == "triton":
+        from model.ops.norm_triton import TritonNorm
+
+        return TritonNorm
     return _NativeNorm if name == "native" and (dtype or x.dtype) in NATIVE_DTYPES else _Norm
 
 

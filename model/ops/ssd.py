@@ -73,7 +73,7 @@ def ssd(
     if name in ("reference", prefer):
         y, state = ssd_reference(x, dt, A, B, C, D=D, documents=documents, initial_state=initial_state)
     elif name == "mamba_ssm":
-        y, state = _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 128)
+        return _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk or 256, return_state)
     elif name == "native":
         y, state = ssd_native(x, dt, A, B, C, D, documents, initial_state, chunk)
     else:
@@ -144,12 +144,14 @@ def ssd_reference(
     return torch.stack(ys, 1), state
 
 
-def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple[Tensor, Tensor]:
+def _mamba_ssm(
+    x, dt, A, B, C, D, documents, initial_state, chunk: int, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
     # Its seq_idx has our meaning: the state passed in belongs to index 0. Chunks that are no power of two gave NaN, and
     # the result does not depend on them.
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    return mamba_chunk_scan_combined(
+    out = mamba_chunk_scan_combined(
         x,
         dt,
         A,
@@ -160,5 +162,6 @@ def _mamba_ssm(x, dt, A, B, C, D, documents, initial_state, chunk: int) -> tuple
         initial_states=initial_state,
         seq_idx=None if documents is None else documents.to(torch.int32).contiguous(),
         dt_softplus=False,
-        return_final_states=True,
+        return_final_states=return_state,
     )
+    return out if return_state else (out, None)

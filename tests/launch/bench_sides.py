@@ -4,8 +4,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.bench.row import Reading
+
+if TYPE_CHECKING:
+    from train.config import Recipe
 
 TRACE = "BENCH_TEST_TRACE"
 """The variable that names the file in which sides say what they do."""
@@ -50,20 +54,23 @@ def dies(quick: bool) -> Iterator[Reading]:
     yield Reading(1.0)
 
 
-def trains(quick: bool) -> Iterator[Reading]:
-    """Our side of a training row, on the tiny recipe."""
-    from launch.bench.training import braid
+def small(*overrides: str) -> "Recipe":
+    """The tiny recipe, at its full rate from the first step."""
     from launch.recipes import FOLDER
     from train.config import load_recipe
 
-    return braid(load_recipe(FOLDER / "tiny.toml", ["schedule.warmup_fraction=0.0"]), steps=4)
+    return load_recipe(FOLDER / "tiny.toml", ["schedule.warmup_fraction=0.0", *overrides])
+
+
+def trains(quick: bool) -> Iterator[Reading]:
+    """Our side of a training row, on the tiny recipe."""
+    from launch.bench.training import braid
+
+    return braid(small(), steps=4)
 
 
 def does_not_train(quick: bool) -> Iterator[Reading]:
     """The same with a rate that spoils the model."""
     from launch.bench.training import braid
-    from launch.recipes import FOLDER
-    from train.config import load_recipe
 
-    overrides = ["schedule.warmup_fraction=0.0", "optimizer.learning_rate=3.0"]
-    return braid(load_recipe(FOLDER / "tiny.toml", overrides), steps=4)
+    return braid(small("optimizer.learning_rate=3.0"), steps=4)

@@ -57,6 +57,35 @@ def test_sides_take_turns_in_processes_of_one_environment(trace: Path):
     assert ours["settings"] == peer["settings"] == [MALLOC, str(len(os.sched_getaffinity(0)))]
 
 
+def test_on_a_gpu_sides_follow_each_other_and_shared_ones_are_measured_once(trace: Path):
+    """Two models may not fit into its memory, and a minute of a GPU is dear."""
+    row = replace(FAKE, cuda=True)
+    known: dict = {}
+    first = measure(row, 2, False, lambda words: None, known)
+    second = measure(replace(row, peer=bench_sides.chatty), 2, False, lambda words: None, known)
+    turns = [f"{side} {turn}" for side in ("ours", "peer") for turn in ("warm-up", "1", "2")]
+    assert trace.read_text().splitlines() == turns
+    assert first.ours.values == second.ours.values == [40.0, 10.0]
+
+
+def test_without_a_gpu_its_rows_are_left_out_or_refused(
+    trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """In one line each: nobody waits for a row that cannot run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = [CHATTY, replace(FAKE, name="big", cuda=True)]
+    assert bench(rows, monkeypatch, "--quick", "--json") == 0
+    output, errors = capsys.readouterr()
+    assert [row["name"] for row in json.loads(output)] == ["chatty"]
+    assert "left out, for want of a GPU: big\n" in errors
+    assert bench(rows, monkeypatch, "big", "--quick") == 2
+    assert capsys.readouterr().err == (
+        "braid: error: row: got big, which needs a GPU; torch finds no CUDA device here\n"
+    )
+    assert bench(rows, monkeypatch, "--list") == 0
+    assert "big [tokens/s, on a GPU]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("higher", "ratio", "low", "high"), [(True, 2.0, 1.0, 3.0), (False, 0.5, 1 / 3, 1.0)])
 def test_the_median_round_its_spread_and_a_ratio_above_one_for_the_better(
     trace: Path, higher: bool, ratio: float, low: float, high: float
@@ -223,6 +252,35 @@ def test_the_peers_of_the_hybrids_start_from_our_weights(family: str):
     with torch.no_grad():
         difference = (ours(tokens, starts).logits - theirs(input_ids=tokens, use_cache=False).logits).abs().max()
     assert difference < 1e-4
+
+
+def test_the_peers_on_a_gpu_have_our_shapes(monkeypatch: pytest.MonkeyPatch):
+    """As many weights, or a ratio compares two models. Built without memory; mamba-ssm's needs its GPU."""
+    pytest.importorskip("transformers")
+    from launch.bench.rows import gpu_training
+    from model.hybrid import parameter_count
+
+    def on_meta(build: Callable) -> torch.nn.Module:
+        with torch.device("meta"):
+            return build()
+
+    monkeypatch.setattr(gpu_training, "_on_the_gpu", on_meta)
+    for recipe, build in (
+        (gpu_training.mamba2(), gpu_training.build_hf_mamba2),
+        (gpu_training.nemotron_h(32768), gpu_training.build_hf_nemotron_h),
+    ):
+        theirs = build(recipe)
+        assert sum(parameter.numel() for parameter in theirs.parameters()) == parameter_count(recipe.model)
+        assert theirs.config.chunk_size == recipe.model.layers["M"].chunk == 256
+
+
+def test_the_plain_loop_trains_as_the_engine_does():
+    """What the engine's cost is measured against takes the same steps."""
+    from launch.bench.training import braid, plain_loop
+
+    recipe = bench_sides.small()
+    losses = [[next(side).facts["last_loss"] for _ in range(2)] for side in (braid(recipe, 2), plain_loop(recipe, 2))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_minimal_scan_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -11,10 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def environment() -> dict[str, str]:
-    """One thread a rank, no GPU, nothing inherited from an outer launcher."""
+def environment(cuda: bool = False) -> dict[str, str]:
+    """One thread a rank, no GPU unless asked for, nothing inherited from an outer launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE"))}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    hidden = {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | hidden
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
@@ -31,21 +33,21 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     return folder
 
 
-def braid(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def braid(*arguments: str, cwd: Path, check: bool = True, cuda: bool = False) -> subprocess.CompletedProcess[str]:
     """`braid ARGUMENTS` to its end."""
     command = [sys.executable, "-m", "launch", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, env=environment(cuda), capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{' '.join(arguments)} exited {done.returncode}:\n{done.stderr[-4000:]}"
     return done
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+def start(*arguments: str, cwd: Path, cuda: bool = False) -> subprocess.Popen[bytes]:
     """`braid ARGUMENTS` in a process group of its own, so that all its ranks can be killed at once."""
     with (cwd / "started.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "launch", *arguments],
             cwd=cwd,
-            env=environment(),
+            env=environment(cuda),
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -77,37 +77,37 @@ def _resident(field: str) -> int:
 def prefill_ours(quick: bool) -> Iterator[Reading]:
     from launch.bench.rows.train_hybrids import nemotron_h
 
-    return _prefill(_ours(nemotron_h()), quick)
+    return prefill(our_model(nemotron_h()), quick)
 
 
 def prefill_nemotron_h(quick: bool) -> Iterator[Reading]:
-    return _prefill(_theirs(_nemotron_h()), quick)
+    return prefill(their_model(_nemotron_h()), quick)
 
 
 def prefill_llama(quick: bool) -> Iterator[Reading]:
-    return _prefill(_theirs(_llama()), quick)
+    return prefill(their_model(_llama()), quick)
 
 
 def decode_ours(quick: bool) -> Iterator[Reading]:
     from launch.bench.rows.train_hybrids import nemotron_h
 
-    return _decode(_ours(nemotron_h()), _context(quick))
+    return decode(our_model(nemotron_h()), _context(quick))
 
 
 def decode_nemotron_h(quick: bool) -> Iterator[Reading]:
-    return _decode(_theirs(_nemotron_h()), _context(quick))
+    return decode(their_model(_nemotron_h()), _context(quick))
 
 
 def decode_llama(quick: bool) -> Iterator[Reading]:
-    return _decode(_theirs(_llama()), _context(quick))
+    return decode(their_model(_llama()), _context(quick))
 
 
 def decode_samba(quick: bool) -> Iterator[Reading]:
-    return _decode(_ours(_samba()), _context(quick))
+    return decode(our_model(_samba()), _context(quick))
 
 
 def decode_samba_short(quick: bool) -> Iterator[Reading]:
-    return _decode(_ours(_samba()), _context(quick) // 8)
+    return decode(our_model(_samba()), _context(quick) // 8)
 
 
 Advance = Callable[["Tensor", Any], tuple["Tensor", Any]]
@@ -124,21 +124,28 @@ def _prompt(length: int) -> "Tensor":
     return torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _prefill(advance: Advance, quick: bool) -> Iterator[Reading]:
+def prefill(advance: Advance, quick: bool) -> Iterator[Reading]:
     prompt = _prompt(_context(quick))
     while True:
         begin = time.perf_counter()
-        advance(prompt, None)
+        _wait(advance(prompt, None)[0])
         yield Reading(prompt.shape[1] / (time.perf_counter() - begin))
 
 
-def _decode(advance: Advance, context: int) -> Iterator[Reading]:
+def decode(advance: Advance, context: int) -> Iterator[Reading]:
     logits, state = advance(_prompt(context), None)
+    _wait(logits)
     while True:
         begin = time.perf_counter()
         for _ in range(STEPS):
             logits, state = advance(logits.argmax(-1).view(1, 1), state)
+        _wait(logits)
         yield Reading(STEPS / (time.perf_counter() - begin))
+
+
+def _wait(logits: "Tensor") -> None:
+    """Until the device has them."""
+    logits[0, 0].item()
 
 
 def _samba() -> "Recipe":
@@ -147,18 +154,19 @@ def _samba() -> "Recipe":
     return shaped(*SAMBA)
 
 
-def _ours(recipe: "Recipe") -> Advance:
+def our_model(recipe: "Recipe", device: str = "cpu") -> Advance:
     import torch
 
     from model.hybrid import HybridLM, initialise_model
 
-    model = HybridLM(recipe.model, recipe.training.precision).eval()
+    model = HybridLM(recipe.model, recipe.training.precision, device=device).eval()
     initialise_model(model, recipe.seed)
     model.store_as_computed()
 
     @torch.no_grad()
     def advance(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        starts = torch.zeros(tokens.shape, dtype=torch.bool)
+        tokens = tokens.to(device)
+        starts = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
         starts[:, 0] = state is None
         out = model(tokens, starts, state=state, carry=True, last_only=True)
         assert out.logits is not None
@@ -167,13 +175,14 @@ def _ours(recipe: "Recipe") -> Advance:
     return advance
 
 
-def _theirs(model: "nn.Module") -> Advance:
+def their_model(model: "nn.Module", device: str = "cpu") -> Advance:
     import torch
 
-    model.to(torch.bfloat16).eval()
+    model.to(device, torch.bfloat16).eval()
 
     @torch.no_grad()
     def advance(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        tokens = tokens.to(device)
         out = model(input_ids=tokens, past_key_values=state, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
 

@@ -22,7 +22,7 @@ def packed(*lengths: Sequence[int], state: bool = True) -> Tensor:
 def outputs_and_gradients(run: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]) -> list[Tensor]:
     """The outputs and the gradients of a fixed random linear functional of them, whatever computes them."""
     outputs = [y for y in run() if y is not None]
-    weights = [leaf(*y.shape, seed=7).detach().to(y.dtype) for y in outputs]
+    weights = [leaf(*y.shape, seed=7).detach().to(y.device, y.dtype) for y in outputs]
     grads = torch.autograd.grad(outputs, leaves, weights)
     return [*(y.detach() for y in outputs), *grads]
 

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import backend
 from model.ops.attention import Past, attention, attention_reference
 from model.ops.backend import Backend, chosen, request
 from model.ops.conv import causal_conv, causal_conv_reference
+from model.ops.norm import rms_norm_reference
 from model.ops.ssd import ssd
 from model.registry import KINDS  # noqa: F401  (its layers declare every op)
+from tests.contracts.examples import EXAMPLES, braid, tokens_and_starts
 from tests.model.ops.support import assert_same, leaf, outputs_and_gradients, packed
 
 HALF = torch.bfloat16
@@ -28,13 +31,14 @@ def installed(monkeypatch):
     monkeypatch.setattr(backend, "_declared", here)
     monkeypatch.setattr(backend, "_requested", {})
     monkeypatch.setattr(backend, "_chosen", {})
+    monkeypatch.setattr(backend, "_decided", {})
     monkeypatch.setattr(Backend, "available", lambda self: self.ready is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv_kernel))
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=flash))
     own = SimpleNamespace(causal_conv_triton=causal_conv_reference)
     monkeypatch.setitem(sys.modules, "model.ops.conv_triton", own)
-    scan = SimpleNamespace(mamba_chunk_scan_combined=scan_kernel)
+    scan = SimpleNamespace(mamba_chunk_scan_combined=scan_kernel, mamba_split_conv1d_scan_combined=mixer_kernel)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)
 
 
@@ -60,7 +64,28 @@ def flash(q, k, v, *bounds, **options) -> Tensor:
 def scan_kernel(x, dt, A, B, C, chunk, *, D, initial_states, seq_idx, dt_softplus, return_final_states):
     assert x.dtype == B.dtype == C.dtype and x.shape[-1] <= 256
     assert chunk in (16, 32, 64, 128, 256)
-    return ssd(x, dt, A, B, C, D=D, documents=seq_idx, initial_state=initial_states, return_state=True, backend="torch")
+    given = {"D": D, "documents": seq_idx, "initial_state": initial_states}
+    y, state = ssd(x, dt, A, B, C, **given, return_state=True, backend="torch")
+    return (y, state) if return_final_states else y
+
+
+def mixer_kernel(
+    zxbcdt, conv_weight, conv_bias, dt_bias, A, D, chunk, *, seq_idx, dt_limit, rmsnorm_weight, rmsnorm_eps, headdim,
+    ngroups, norm_before_gate,
+):  # fmt: skip
+    assert chunk in (16, 32, 64, 128, 256) and {dt_bias.dtype, A.dtype, D.dtype} == {torch.float32}
+    width, H = headdim * len(D), len(D)
+    z, xBC, dt = zxbcdt.split([width, len(conv_weight), H], -1)
+    xBC = causal_conv_reference(xBC, conv_weight, conv_bias, seq_idx, None, "silu")
+    x, B, C = xBC.split([width, (len(conv_weight) - width) // 2, (len(conv_weight) - width) // 2], -1)
+    dt = F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
+    x, B, C = x.unflatten(-1, (H, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
+    y = ssd(x, dt, A, B, C, D=D, documents=seq_idx, backend="torch")[0].flatten(2)
+    if rmsnorm_weight is None:
+        return y * F.silu(z)
+    if norm_before_gate:
+        return rms_norm_reference(y, rmsnorm_weight, rmsnorm_eps, ngroups) * F.silu(z)
+    return rms_norm_reference(y * F.silu(z), rmsnorm_weight, rmsnorm_eps, ngroups)
 
 
 def conv(B: int = 2, T: int = 6, C: int = 8, k: int = 4, dtype=HALF, **kwargs) -> Tensor:
@@ -251,3 +276,34 @@ def test_the_convolution_kernel_is_asked_for_the_same_map(state):
             for name in ("causal_conv1d", "torch")
         ]
         assert_same(run[:1], run[1:], 1e-6)
+
+
+MAMBA2 = [name for name, layer in EXAMPLES.items() if layer.kind == "mamba2"]
+
+
+@pytest.mark.parametrize("name", MAMBA2)
+@pytest.mark.parametrize("lengths", [[23], [9, 13, 7]])
+def test_the_mixer_is_asked_for_the_same_layer(monkeypatch, name, lengths):
+    """Every option of Mamba-2 in mamba-ssm's conventions, documents too; what it has not, an MLP beside it, is composed
+    of the ops."""
+    layer = EXAMPLES[name]
+    model, (tokens, starts) = braid(layer), tokens_and_starts(lengths)
+    request(
+        {"mamba2": "composed", "conv": "torch", "ssd": "torch", "norm": "torch", "activation": "torch", "head": "torch"}
+    )
+    want = model(tokens, starts).logits
+    others = {"norm": "torch", "activation": "torch", "head": "torch"}
+    request({"mamba2": "auto" if layer.d_ssm else "mamba_ssm", "conv": "torch", "ssd": "torch", **others})
+    got = model(tokens, starts).logits
+    assert chosen()["mamba2"] == ("composed" if layer.d_ssm else "composed, mamba_ssm")
+    assert_same([got], [want], 1e-5)
+
+
+def test_a_backend_of_a_part_that_is_named_is_called():
+    """Else a recipe that wants plain torch for its scan would not get it."""
+    model, (tokens, starts) = braid(EXAMPLES["mamba2"]), tokens_and_starts([23])
+    request({"ssd": "torch", "norm": "torch", "activation": "torch"})
+    with torch.no_grad():
+        model(tokens, starts)
+    assert chosen()["mamba2"] == "composed"
+    assert "torch" in chosen()["ssd"]

@@ -33,10 +33,10 @@ speeds = pytest.mark.parametrize(
 
 
 @speeds
-@pytest.mark.parametrize("name", ["parity", "scan", "conv", "compile"])
+@pytest.mark.parametrize("name", ["parity", "scan", "conv", "rows", "compile"])
 def test_without_a_gpu(name: str, marker: str, tmp_path: Path):
-    """parity: breaks when our SSD or scan and mamba-ssm's code are no longer the same map. scan, conv: when a kernel
-    of ours is wrong. compile: when a GPU's compiler would refuse one."""
+    """parity: breaks when our SSD or scan and mamba-ssm's code are no longer the same map. scan, conv, rows: when a
+    kernel of ours is wrong. compile: when a GPU's compiler would refuse one."""
     package = "mamba_ssm" if name == "parity" else "triton"
     if not (PEERS / package).is_dir():
         pytest.skip(f"no {package} in {PEERS}: `make peers` puts it there")
@@ -45,7 +45,7 @@ def test_without_a_gpu(name: str, marker: str, tmp_path: Path):
 
 @pytest.mark.gpu
 @speeds
-@pytest.mark.parametrize("name", ["parity", "scan", "conv"])
+@pytest.mark.parametrize("name", ["parity", "scan", "conv", "rows"])
 def test_on_this_gpu(name: str, marker: str, tmp_path: Path):
     """Breaks when a compiled kernel differs from the interpreted one; with the machine's own Triton and mamba-ssm."""
     check(name, marker, tmp_path, peers=False, interpreted=False)

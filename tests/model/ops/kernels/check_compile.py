@@ -13,9 +13,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from model.ops.conv_triton import causal_conv_triton
+from model.ops.head_triton import TritonSoftmax
+from model.ops.norm_triton import TritonNorm, TritonReLU2, TritonSwiGLU
 from model.ops.selective_scan_triton import selective_scan_triton
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+NUMBERS = {int: "i32", float: "fp32"}
 SHARED_BYTES = 99 * 2**10
 """Shared memory that a program may have on every GPU from compute capability 8.0."""
 
@@ -34,8 +37,8 @@ class Launch:
             if parameter.is_constexpr or v is None or (isinstance(v, int) and v == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", v
                 continue
-            signature[parameter.name] = f"*{TYPES[v.dtype]}" if isinstance(v, Tensor) else "i32"
-            if isinstance(v, Tensor) or v % 16 == 0:
+            signature[parameter.name] = f"*{TYPES[v.dtype]}" if isinstance(v, Tensor) else NUMBERS[type(v)]
+            if isinstance(v, Tensor) or (isinstance(v, int) and v % 16 == 0):
                 divisible[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, divisible)
 
@@ -72,6 +75,26 @@ def conv(dtype: torch.dtype, full: bool, taps: int = 4, sizes: tuple[int, int, i
     torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
+def rows(dtype: torch.dtype, full: bool, width: int = 4096, sizes: tuple[int, int] = (2, 128)) -> None:
+    """`full`: gated norms; a plain one of the residual stream otherwise."""
+    x = torch.zeros(*sizes, 2 * width, dtype=dtype, requires_grad=True)
+    a, b = x[..., :width], x[..., width:]
+    weight, residual = torch.zeros(width), torch.zeros(*sizes, width, requires_grad=True)
+    for y in (
+        TritonNorm.apply(a if full else residual, b if full else None, weight, 1e-5, 1, full, dtype),
+        TritonSwiGLU.apply(a, b),
+        TritonReLU2.apply(a),
+    ):
+        y.backward(torch.zeros_like(y))
+
+
+def head(dtype: torch.dtype, full: bool, vocabulary: int = 50304, tokens: int = 128) -> None:
+    logits, numbers = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens)
+    TritonSoftmax().log_sum_exp(logits, vocabulary - 3, numbers)
+    target = torch.zeros(tokens, dtype=torch.int64)
+    TritonSoftmax().softmax_slope(logits, vocabulary - 3, numbers, numbers, numbers, target)
+
+
 def compiles(launches: list[Launch], capability: int, names: set[str]) -> None:
     assert {launch.kernel.__name__ for launch in launches} == names
     for launch in launches:
@@ -84,8 +107,11 @@ def compiles(launches: list[Launch], capability: int, names: set[str]) -> None:
 
 SCAN = {"_chunk_states", "_pass_states", "_outputs", "_chunk_gradients", "_input_gradients"}
 CONV = {"_convolved", "_gradients"}
+ROWS = {f"_{name}_{way}" for name in ("norm", "swiglu", "relu2") for way in ("forward", "backward")}
+HEAD = {"_log_sum_exp", "_softmax_slope"}
 FAST = [(scan, SCAN, torch.bfloat16, 90), (scan, SCAN, torch.float32, 80)]
 FAST += [(conv, CONV, torch.bfloat16, 80), (conv, CONV, torch.float32, 90)]
+FAST += [(rows, ROWS, torch.bfloat16, 90), (head, HEAD, torch.bfloat16, 80)]
 
 
 @pytest.mark.parametrize(("call", "names", "dtype", "capability"), FAST)
@@ -94,11 +120,14 @@ def test_with_everything(launches, call: Callable, names, dtype, capability):
     compiles(launches, capability, names)
 
 
+ROW_SIZES = [(rows, ROWS, 96), (rows, ROWS, 8192), (head, HEAD, 320)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("call", "names", "size"), [(scan, SCAN, 16), (scan, SCAN, 64), (conv, CONV, 4)])
+@pytest.mark.parametrize(("call", "names", "size"), [(scan, SCAN, 16), (scan, SCAN, 64), (conv, CONV, 4), *ROW_SIZES])
 def test_every_variant(launches, call: Callable, names, size, dtype, capability, full):
     call(dtype, full, size)
     compiles(launches, capability, names)

@@ -1,6 +1,7 @@
 """Our ops against mamba-ssm's own code: the Triton kernels that its models train with, the listing of the paper, and
 the reference of its selective scan."""
 
+import math
 import sys
 from contextlib import nullcontext
 from importlib import import_module
@@ -9,9 +10,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from model.ops.conv import causal_conv_reference
+from model.ops.mamba2 import conv_scan_norm
+from model.ops.norm import rms_norm_reference
 from model.ops.selective_scan_triton import selective_scan_triton
 from model.ops.ssd import ssd
 from tests.model.ops.kernels import DEVICE, INTERPRETED
@@ -38,10 +43,15 @@ def mamba_ssm(module: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch):
-    """What the kernels' callers ask of a GPU, answered for the interpreter, and one configuration to tune over."""
+    """One configuration to tune over, the smallest; what the kernels' callers ask of a GPU, answered for the
+    interpreter."""
+    tune = triton.autotune
+
+    def size(config: triton.Config) -> int:
+        return math.prod(config.kwargs.values()) * config.num_stages
+
+    monkeypatch.setattr(triton, "autotune", lambda configs, **rest: tune([min(configs, key=size)], **rest))
     if INTERPRETED:
-        tune = triton.autotune
-        monkeypatch.setattr(triton, "autotune", lambda configs, **rest: tune(configs[:1], **rest))
         monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1)
@@ -101,6 +111,61 @@ def test_lengths(T):
     compared(T, 1, None, False)
     for first in {1, T // 2, T - 1} - {0, T}:
         compared(T, 1, packed([first, T - first], [T]), True)
+
+
+def convolved(x, weight, bias, seq_idx, initial_states, final_states, silu) -> Tensor:
+    """Stands for causal-conv1d, whose kernels are CUDA code: x (B, C, T)."""
+    assert initial_states is final_states is None and silu
+    return causal_conv_reference(x.mT, weight, bias, seq_idx, None, "silu").mT
+
+
+def convolved_backward(x, weight, bias, dy, seq_idx, initial_states, d_final_states, dx, want_state, silu):
+    leaves = [v.detach().requires_grad_() for v in (x, weight, bias)]
+    with torch.enable_grad():
+        y = convolved(*leaves, seq_idx, initial_states, d_final_states, silu)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    return dx.copy_(gradients[0]), *gradients[1:], None
+
+
+@pytest.mark.parametrize(
+    ("groups", "lengths", "norm_before_gate"),
+    [
+        (2, ([5, 10, 1, 21], [16, 17, 4]), False),
+        pytest.param(1, None, False, marks=pytest.mark.slow),
+        pytest.param(2, None, True, marks=pytest.mark.slow),
+    ],
+)
+def test_mixer(monkeypatch, groups, lengths, norm_before_gate):
+    """Their convolution, scan and gated norm in one against ours one by one: outputs and the gradients of the
+    projection and of every weight."""
+    theirs = mamba_ssm("mamba_ssm.ops.triton.ssd_combined")
+    monkeypatch.setattr(theirs, "causal_conv1d_fwd_function", convolved)
+    monkeypatch.setattr(theirs, "causal_conv1d_bwd_function", convolved_backward)
+    T, H, P, N = 37, 4, 16, 16
+    width = H * P + 2 * groups * N
+    documents = None if lengths is None else packed(*lengths).to(DEVICE)
+    shapes = [(2, T, H * P + width + H), (width, 4), (width,), (H,), (H,), (H,), (H * P,)]
+    leaves = [leaf(*shape, dtype=torch.float32, seed=i).detach().to(DEVICE) for i, shape in enumerate(shapes)]
+    leaves[4] = -torch.exp(leaves[4])
+    leaves = [v.requires_grad_() for v in leaves]
+
+    def kernels():
+        options = {"head_dim": P, "groups": groups, "chunk": CHUNK, "dt_limit": (0.01, 2.0)}
+        return [conv_scan_norm(*leaves, 1e-5, documents=documents, norm_before_gate=norm_before_gate, **options)]
+
+    def ours():
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight = leaves
+        z, xBC, dt = projected.split([H * P, width, H], -1)
+        xBC = causal_conv_reference(xBC, conv_weight, conv_bias, documents, None, "silu")
+        x, B, C = xBC.split([H * P, groups * N, groups * N], -1)
+        dt = F.softplus(dt + dt_bias).clamp(0.01, 2.0)
+        x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (groups, N))
+        y = ssd(x, dt, A, B, C, D=D, documents=documents, backend="torch")[0].flatten(2)
+        if norm_before_gate:
+            return [rms_norm_reference(y, norm_weight, 1e-5, groups) * F.silu(z)]
+        return [rms_norm_reference(y * F.silu(z), norm_weight, 1e-5, groups)]
+
+    assert_same(outputs_and_gradients(ours, leaves), outputs_and_gradients(kernels, leaves), 10 * WITHIN)
 
 
 @pytest.mark.parametrize("carried", [False, True])
