@@ -15,7 +15,8 @@ all_gather is its result, that of a reduce_scatter its input.
 
 It watches torch's `ProcessGroup`, through which DeepSpeed goes too; so nothing is slower but the calls themselves, by
 microseconds. Axes of the same ranks share a group: what says so by `speaking` is counted under its own axis, all else
-(DeepSpeed) under the last of `AXES` that has the group. Groups outside the mesh (a checkpoint's thread) are left out.
+(DeepSpeed) under the last of `AXES` that has the group, second copies of weights under `hpz`. Groups outside the mesh
+(a checkpoint's thread) are left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,9 +55,10 @@ class Sent:
 
 
 @contextmanager
-def count_traffic(mesh: Mesh) -> Iterator[Sent]:
-    """Counts what this rank sends to the ranks of `mesh` until the context ends."""
-    axes = {getattr(mesh, name).group: name for name in AXES if name != "world"}
+def count_traffic(mesh: Mesh, hpz: dist.ProcessGroup | None = None) -> Iterator[Sent]:
+    """Counts what this rank sends to the ranks of `mesh` until the context ends. hpz: the group that shares a second
+    copy of the weights, if any."""
+    axes = {getattr(mesh, name).group: name for name in AXES if name != "world"} | {hpz: "hpz"}
     groups = {dist.group.WORLD: "world"} | {group: name for group, name in axes.items() if group is not None}
     sent = Sent()
 

@@ -339,6 +339,11 @@ class Engine:
         with self._gather(list(chosen.values())) if self.zero_stage == 3 else nullcontext():
             yield {name: parameter.detach() for name, parameter in chosen.items()}
 
+    @property
+    def hpz(self) -> Any:
+        """The process group that shares a second copy of the weights, None for none."""
+        return self._groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+
     def close(self) -> None:
         """Removes DeepSpeed's hooks from the module, and its groups of hpZ, of which a process can have one set."""
         self.deepspeed.destroy()

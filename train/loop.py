@@ -52,7 +52,7 @@ def counted_step(run: Run) -> dict[str, Any]:
     """`train_step`, noting what rank 0 sends in it, where there are ranks to send to."""
     if run.mesh.size == 1:
         return train_step(run)
-    with count_traffic(run.mesh) as sent:
+    with count_traffic(run.mesh, run.engine.hpz) as sent:
         record = train_step(run)
     flops = record["mfu"] * run.peak.flops * record["seconds"]
     run.metrics.event("traffic", step=run.clock.step, ranks=run.mesh.size, bytes=sent.bytes, flops=flops)

@@ -4,7 +4,7 @@ holds the two together; the planner has no others.
 
 Of n ranks, a rank sends 2 (n - 1) / n of what an all_reduce sums and (n - 1) / n of what an all_gather gives or a
 reduce_scatter takes. Where ranks differ (uneven chunks, heads that do not divide) the numbers are of the rank asked
-for. ZeRO 3 counts a step from the third on, when it knows the order of the modules.
+for. They hold from the third step of a process on, when ZeRO 3 knows the order of the modules.
 
 Legend: b rows of a rank in a step, L tokens of a row that it has, D width, t tensor ranks.
 """
@@ -26,7 +26,7 @@ from model.params import Place, Table, local_layout
 from train.collectives import Axis, halo_spans
 from train.config import Recipe
 from train.counter import Traffic
-from train.engine import ZeroOptions
+from train.engine import Placement, ZeroOptions
 from train.gathers import gathers, turns_of
 from train.parallel import Sizes, axis_ranks
 from train.shared import shared_elements
@@ -53,6 +53,7 @@ class Job:
     reduction: torch.dtype = torch.float32
     recompute: bool | str = False
     options: ZeroOptions = field(default_factory=ZeroOptions)
+    placement: Placement = field(default_factory=Placement)
 
     @staticmethod
     def of(recipe: Recipe, world: int) -> "Job":
@@ -69,6 +70,7 @@ class Job:
             reduction=training.reduction,
             recompute=training.checkpoint_blocks,
             options=parallel.buckets,
+            placement=parallel.placement,
         )
 
     @cached_property
@@ -95,8 +97,14 @@ class Job:
         }
 
     def axis(self, name: str, rank: int) -> Axis:
-        """An axis of the mesh as `rank` sees it, without a process group."""
-        ranks = tuple(range(self.world)) if name == "world" else axis_ranks(rank, self.world, self.sizes)[name]
+        """An axis of the mesh as `rank` sees it, without a process group; "hpz": the ranks that share a second copy of
+        the weights."""
+        group = self.placement.group_size(self.world)
+        if name in ("world", "hpz"):
+            first, size = (0, self.world) if name == "world" else (rank // group * group, group)
+            ranks = tuple(range(first, first + size))
+        else:
+            ranks = axis_ranks(rank, self.world, self.sizes)[name]
         return Axis(name, ranks.index(rank), len(ranks), ranks)
 
     def place(self, rank: int) -> Place:
@@ -134,7 +142,7 @@ def control_limit(job: Job) -> float:
     return 2 * (n - 1) / n * 8 * numbers + (n - 1) * digests
 
 
-Sent = Iterator[tuple[str, str, float]]
+Parts = Iterator[tuple[str, str, float]]
 """Axis, operation, bytes."""
 
 
@@ -155,7 +163,7 @@ def _scattered(axis: Axis, bytes_: float) -> tuple[str, str, float]:
 # ---- what passes between ranks inside the model ----
 
 
-def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> Sent:
+def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> Parts:
     tensor, context = job.axis("tensor", rank), job.axis("context", rank)
     low, high = chunk_bounds(job.sequence_length, context.rank, context.size)
     run = job.rows * -(-(high - low) // tensor.size) * job.model.d_model  # numbers that a rank has between layers
@@ -177,13 +185,13 @@ def _activations(job: Job, rank: int, crossing: Mapping[int, float] | None) -> S
             layer += 1
 
 
-def _enters(tensor: Axis, bytes_: float, again: bool = False) -> Sent:
+def _enters(tensor: Axis, bytes_: float, again: bool = False) -> Parts:
     """Into a layer: all tokens are gathered, forward and where it is recomputed; the gradient is scattered."""
     yield _gathered(tensor, bytes_ * (1 + again))
     yield _scattered(tensor, bytes_)
 
 
-def _leaves(tensor: Axis, bytes_: float) -> Sent:
+def _leaves(tensor: Axis, bytes_: float) -> Parts:
     """Out of a layer: what is recomputed stops before it."""
     yield _scattered(tensor, bytes_)
     yield _gathered(tensor, bytes_)
@@ -203,23 +211,23 @@ def _ways(message: Message, again: bool) -> int:
     return 1 + again + (message.dtype != "int64")
 
 
-def _sum_over_tensor(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _sum_over_tensor(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     yield _reduced(job.axis("tensor", rank), _ways(message, again) * _bytes(job, rank, message))
 
 
-def _prefix(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _prefix(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     """A decay and a state of each rank, forward; their gradients, and the decays again, backward."""
     yield _gathered(job.axis("context", rank), _ways(message, again) * _bytes(job, rank, message))
 
 
-def _gather_over_context(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _gather_over_context(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     context, bytes_ = job.axis("context", rank), _bytes(job, rank, message)
     yield _gathered(context, (1 + again) * bytes_)
     if message.dtype != "int64":
         yield _scattered(context, bytes_)
 
 
-def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Sent:
+def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -> Parts:
     """Forward a rank sends its last tokens to the right, backward the gradient of what it had from the left."""
     context, row = job.axis("context", rank), job.sequence_length
     spans = halo_spans(context, row if message.reach is None else message.reach, row)
@@ -229,7 +237,7 @@ def _halo(job: Job, rank: int, message: Message, again: bool, _: float | None) -
     yield context.name, "send", (right * (1 + again) + left) * _bytes(job, rank, message) / (high - low)
 
 
-def _at_experts(job: Job, rank: int, message: Message, again: bool, crossing: float | None) -> Sent:
+def _at_experts(job: Job, rank: int, message: Message, again: bool, crossing: float | None) -> Parts:
     """Rows to the experts and back, and the same backward; ahead of them, their counts."""
     expert = job.axis("expert", rank)
     away = (expert.size - 1) / expert.size
@@ -259,7 +267,7 @@ def local_numel(job: Job, rank: int) -> dict[str, int]:
     return {name: math.prod(local_layout(spec, *place).shape) for name, spec in job.table.items()}
 
 
-def _weights(job: Job, rank: int) -> Sent:
+def _weights(job: Job, rank: int) -> Parts:
     numel, world = local_numel(job, rank), job.axis("world", rank)
     holders = {
         name: job.axis("replica" if spec.experts and job.sizes.expert > 1 else "shard", rank)
@@ -267,7 +275,7 @@ def _weights(job: Job, rank: int) -> Sent:
     }
     yield _reduced(world, FLOAT * shared_elements(job.table, job.sizes.tensor))
     if job.zero_stage == 3:
-        yield from _zero_3(job, numel, job.axis("shard", rank), job.axis("tensor", rank))
+        yield from _zero_3(job, numel, rank)
         return
     times = job.micro_batches if job.zero_stage == 2 else 1
     for name, spec in job.table.items():
@@ -278,7 +286,7 @@ def _weights(job: Job, rank: int) -> Sent:
         yield from _stepped(job, numel, holders)
 
 
-def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) -> Sent:
+def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) -> Parts:
     """ZeRO 1 and 2: each rank steps its part of the weights of an optimizer group, and all gather the whole of it."""
     groups: dict[tuple[bool, bool], int] = defaultdict(int)
     axes: dict[tuple[bool, bool], Axis] = {}
@@ -292,8 +300,8 @@ def _stepped(job: Job, numel: Mapping[str, int], holders: Mapping[str, Axis]) ->
         yield _gathered(axes[group], FLOAT * part)
 
 
-def _zero_3(job: Job, numel: Mapping[str, int], shard: Axis, tensor: Axis) -> Sent:
-    options, table = job.options, job.table
+def _zero_3(job: Job, numel: Mapping[str, int], rank: int) -> Parts:
+    shard, hpz, options, table = job.axis("shard", rank), job.axis("hpz", rank), job.options, job.table
     kept = {name for name in table if numel[name] <= options.persistent}
     turns = turns_of(job.model, table, job.recomputed)
     found = gathers(numel, turns, kept=kept, live=options.live, prefetch=options.prefetch)
@@ -305,9 +313,11 @@ def _zero_3(job: Job, numel: Mapping[str, int], shard: Axis, tensor: Axis) -> Se
         if spec.frozen:  # layers adjust it: gathered, and given to all by the first rank
             times += 1
             yield shard.name, "broadcast", (shard.size - 1) * numel[name] * FLOAT / shard.size
-        yield _gathered(shard, times * part * FLOAT)
-    for axis in (shard, tensor):
-        yield _reduced(axis, 8 * _sub_groups(job, numel, shard))  # DeepSpeed's own norm, a number for each
+        yield _gathered(shard, (times if hpz.size == 1 else 1) * part * FLOAT)
+        yield _gathered(hpz, (times - 1) * part * shard.size / hpz.size * FLOAT)  # from the second copy
+    number = FLOAT if job.placement.offload_optimizer else 8  # DeepSpeed's own norm, one for each sub-group
+    for axis in (shard, job.axis("tensor", rank)):
+        yield _reduced(axis, number * _sub_groups(job, numel, shard))
 
 
 def _sub_groups(job: Job, numel: Mapping[str, int], shard: Axis) -> int:
@@ -326,6 +336,6 @@ def _sub_groups(job: Job, numel: Mapping[str, int], shard: Axis) -> int:
     return count
 
 
-def _norm(job: Job, rank: int) -> Sent:
+def _norm(job: Job, rank: int) -> Parts:
     """The squares of the gradient norm, weight by weight, in float64."""
     yield _reduced(job.axis("world", rank), 8 * len(job.table))

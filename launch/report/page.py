@@ -114,17 +114,17 @@ def summary(run: RunRecord) -> dict[str, str]:
     return facts
 
 
-def short(number: float, letters: str = "TBMk") -> str:
+def short(number: float, units: Sequence[str] = "TBMk") -> str:
     """1,234,567 -> 1.23M."""
-    for size, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
+    for least, unit in zip((1e12, 1e9, 1e6, 1e3), units, strict=True):
+        if abs(number) >= least:
+            return f"{number / least:.3g}{unit}"
     return f"{number:.3g}"
 
 
 def size(bytes_: float) -> str:
-    """1,234,567 -> 1.23MB."""
-    return short(bytes_, "TGMk") + "B"
+    """1,234,567 -> 1.23 MB."""
+    return short(bytes_, (" TB", " GB", " MB", " kB")) if bytes_ >= 1e3 else f"{bytes_:.3g} B"
 
 
 def strip(config: ModelConfig) -> str:

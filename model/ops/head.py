@@ -79,10 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part):
         wide = wide_dtype(dtype)
-        h, (t, away) = (
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            _local_targets(targets.flatten(), vocab_size, part),
-        )
+        h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+        t, away = _local_targets(targets.flatten(), vocab_size, part)
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
@@ -113,8 +111,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_nll):
         hidden, weight, targets, lse = ctx.saved_tensors
         dtype, vocab_size, wide, fast = ctx.dtype, ctx.vocab_size, lse.dtype, ctx.fast
-        h, t = hidden.reshape(-1, hidden.shape[-1]).to(dtype), targets.flatten()
+        h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         w = _multiplied(weight, vocab_size, fast).to(dtype)
+        t = targets.flatten().contiguous()  # targets may be one column of wider rows
         g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         t, away = _local_targets(t, vocab_size, ctx.part)

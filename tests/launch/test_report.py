@@ -141,8 +141,8 @@ def test_what_ranks_sent_is_shown(tmp_path: Path):
     assert "Communication per step" not in alone
     text = page([read_run(with_traffic(write_run(tmp_path / "run")), "run")])
     table = text[text.index("Communication per step") :]
-    assert "<th>shard</th><td>all reduce</td><td>1.5MB</td><td>37.5%</td>" in table
-    assert "<th>all</th><td></td><td>4MB</td><td>100.0%</td>" in table
+    assert "<th>shard</th><td>all reduce</td><td>1.5 MB</td><td>37.5%</td>" in table
+    assert "<th>all</th><td></td><td>4 MB</td><td>100.0%</td>" in table
     assert "rank 0 of 4 in step 3" in table and "500 bytes for each million FLOPs" in table
 
 

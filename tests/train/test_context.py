@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.context import Collectives, Context, Documents, chunk_bounds
+from model.context import Context, Documents, chunk_bounds
 from model.hybrid import HybridLM, Precision, initialise_model
 from tests.ranks import run_ranks
 from tests.train.layouts import (
@@ -16,9 +16,11 @@ from tests.train.layouts import (
     assembled,
     braid,
     differences,
+    global_batch,
     reference,
     train_layout,
 )
+from train.parallel import Mesh, Sizes, open_mesh
 
 
 def changed(config: ModelConfig, letter: str, **fields: object) -> ModelConfig:
@@ -60,6 +62,7 @@ EXHAUSTIVE = {
         *((config, Layout(context=4, micro=4), FULL_STEPS) for config in (EVERY, FEW_GROUPS, NO_NORM, BESIDE)),
         *((config, Layout(context=2, zero=2, micro=2), FULL_STEPS) for config in (FEW_GROUPS, BESIDE)),
         *((config, Layout(tensor=2, context=2, micro=4), FULL_STEPS) for config in (EVERY, NO_NORM, BESIDE)),
+        (braid("M*SE"), Layout(context=2, expert=2, zero=1, micro=2), FULL_STEPS),
         (braid("[M*]m*"), Layout(context=4, zero=3, micro=4, recompute=True), FULL_STEPS),
     ],
 }
@@ -69,17 +72,16 @@ BFLOAT16 = Precision(torch.bfloat16, torch.float32)
 
 
 def work(cases: list[tuple[ModelConfig, Layout, int]]) -> tuple[list[list[dict]], list[str], list[list[dict]]]:
-    """On one rank: the cases, what failed to be isolated, and a step in bfloat16."""
-    from train.parallel import Mesh, Sizes, open_mesh
-
+    """On one rank: the cases, what is wrong otherwise, and a step in bfloat16."""
     with open_mesh("cpu", timeout_s=60) as world:
         context = Layout(context=world.size, micro=ROWS)
         trained = [
             ends(train_layout(Mesh(world.device, at.sizes), config, at, n, Precision())) for config, at, n in cases
         ]
         mesh = Mesh(world.device, Sizes(context=world.size))
-        leaks = [leak for config in (EVERY, FAR) for leak in leaking(config, mesh)]
-        return trained, leaks, [train_layout(mesh, IN_BFLOAT16, context, 1, BFLOAT16)]
+        wrong = [leak for config in (EVERY, FAR) for leak in leaking(config, mesh)]
+        wrong += [where for config in (EVERY, BESIDE) for where in wrong_on_short_rows(config, mesh)]
+        return trained, wrong, [train_layout(mesh, IN_BFLOAT16, context, 1, BFLOAT16)]
 
 
 IN_BFLOAT16 = braid("Mm*W-")
@@ -90,7 +92,25 @@ def ends(record: list[dict]) -> list[dict]:
     return [record[0] | {"weights": []}, record[-1] | {"gradients": []}] if len(record) > 1 else record
 
 
-def leaking(config: ModelConfig, mesh: Collectives) -> list[str]:
+def wrong_on_short_rows(config: ModelConfig, mesh: Mesh) -> list[str]:
+    """The parameters whose gradient is another than on one process, where chunks have a token or two, so that ranks may
+    go different ways through the ops."""
+    found = []
+    for length in (mesh.size, 2 * mesh.size - 1):
+        batch, gradients = global_batch(0, length=length), []
+        for model in (HybridLM(config), HybridLM(config, mesh=mesh, recompute=True)):
+            initialise_model(model, seed=0)
+            out = model(batch.tokens, batch.starts, batch.targets)
+            sum(out.losses.values(), out.nll.sum()).backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+        for name, alone in gradients[0].items():
+            total = mesh.sum_(gradients[1][name].clone())
+            if not (total - alone).abs().max() <= 1e-5 * alone.abs().max():
+                found.append(f"rows of {length}: {name}")
+    return found
+
+
+def leaking(config: ModelConfig, mesh: Mesh) -> list[str]:
     """The blocks in which other documents change a document's outputs, or the gradients of its inputs: of mixers by a
     bit, of experts by more than rounding."""
     model = HybridLM(config, mesh=mesh)
@@ -125,11 +145,9 @@ def leaking(config: ModelConfig, mesh: Collectives) -> list[str]:
 def check(world: int, cases: list[tuple[ModelConfig, Layout, int]], ranks: list[list[list[dict]]]) -> None:
     for index, (config, layout, steps) in enumerate(cases):
         found = differences(reference(config, steps), [rank[index] for rank in ranks])
-        for name, value in sorted(found.items(), key=lambda item: -item[1])[:4]:
-            print(world, config.pattern, layout, name, value)
-        after = {name: value for name, value in found.items() if name.startswith(("weights", "last"))}
-        assert max(after.values()) < 1e-4
-        assert max(value for name, value in found.items() if name not in after) < 1e-5
+        limits = {name: 1e-4 if name.startswith(("weights", "last")) else 1e-5 for name in found}
+        wrong = {name: value for name, value in found.items() if not value < limits[name]}
+        assert not wrong, f"{config.pattern} in {layout}: {wrong}"
 
 
 def check_bfloat16(ranks: list[list[dict]]) -> None:
@@ -140,21 +158,20 @@ def check_bfloat16(ranks: list[list[dict]]) -> None:
     for name, gradient in exact.items():
         rounding = (alone[name] - gradient).norm()
         ratios[name] = ((spread[name] - gradient).norm() / rounding).item()
-    print("bfloat16", max(ratios, key=ratios.__getitem__), max(ratios.values()), len(ranks))
-    assert max(ratios.values()) < 2
+    assert max(ratios.values()) < 2, ratios
 
 
 def verify(world: int, cases: list[tuple[ModelConfig, Layout, int]]) -> None:
     results = run_ranks(work, world, cases, timeout_s=1500)
     check(world, cases, [trained for trained, _, _ in results])
-    assert [leaks for _, leaks, _ in results] == [[]] * world
+    assert [wrong for _, wrong, _ in results] == [[]] * world
     check_bfloat16([halves[0] for _, _, halves in results])
 
 
 @pytest.mark.parametrize("world", CASES)
 def test_equal(world: int) -> None:
-    """Loss, norm and every gradient of the first step, and the weights after the last; documents stay apart; bfloat16
-    is as near to float32 as on one process."""
+    """Loss, norm and every gradient of the first step, and the weights after the last; documents stay apart; rows may
+    be as short as there are ranks; bfloat16 is as near to float32 as on one process."""
     verify(world, CASES[world])
 
 

@@ -24,6 +24,7 @@ from tests.train.layouts import (
 )
 from tests.train.runs import ROOT
 from train.config import load_recipe
+from train.muon import MuonConfig
 from train.parallel import Mesh, Sizes
 
 RECIPE = ROOT / "launch/recipes/tiny-moe-mamba.toml"
@@ -38,6 +39,7 @@ OTHERS = ModelConfig(
         "C": MoEConfig(n_experts=4, top_k=2, d_hidden=10, score="sigmoid", renormalise=True, capacity_factor=0.7),
     },
 )
+MUON = MuonConfig(learning_rate=1e-3, weight_decay=0.1)
 FULL, LOW = Precision(), Precision(compute=torch.bfloat16)
 
 
@@ -68,6 +70,7 @@ CASES = {
         Case(OTHERS, Layout(expert=2, zero=2, micro=1)),
         Case(braid("ESE"), Layout(expert=2, zero=1, micro=4), banned=(2,)),
         Case(braid("ES"), Layout(expert=2, zero=2, micro=2), banned=(0, 1)),
+        Case(braid("ME"), Layout(expert=2, micro=4, optimizer=MUON)),
         Case(braid("MES"), Layout(expert=2, zero=1, micro=4), steps=1, precision=LOW, tolerance=2e-2),
     ],
     4: [
@@ -75,6 +78,7 @@ CASES = {
         Case(braid("MSE"), Layout(expert=2, zero=2, micro=1)),
         Case(braid("E*S", kv_heads=1), Layout(expert=2, tensor=2, zero=1, micro=2)),
         Case(braid("ES"), Layout(expert=4, zero=1, micro=1), banned=(0, 1, 3)),
+        Case(braid("MES"), Layout(expert=2, context=2, zero=1, micro=2, recompute=True)),
     ],
 }
 MORE = {
@@ -90,7 +94,8 @@ MORE = {
         for pattern in ("ME", "S[W-]")
         for zero in (0, 1, 2)
         for expert, tensor in ((4, 1), (2, 1), (2, 2))
-    ],
+    ]
+    + [Case(braid("E*"), Layout(expert=2, tensor=tensor, optimizer=MUON)) for tensor in (1, 2)],
 }
 SAVED = {2: Layout(expert=2, zero=1), 1: Layout(), 4: Layout(expert=4, zero=2)}
 """How the state goes round: trained and saved by two ranks, restored and saved by one, restored by four."""
@@ -126,10 +131,12 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
 def check(cases: list[Case], results: list[dict]) -> None:
     for index, case in enumerate(cases):
         ranks = [rank["trained"][index] for rank in results]
-        expected = reference(case.config, case.steps, case.precision, prepare=case.prepare)
+        expected = reference(
+            case.config, case.steps, case.precision, prepare=case.prepare, chosen=case.layout.optimizer
+        )
         found = differences(expected, ranks)
         for name, value in sorted(found.items(), key=lambda item: -item[1])[:4]:
-            print(case.config.pattern, case.layout, case.banned, name, value)
+            print(case.config.pattern, case.layout.sizes, case.layout.zero, case.banned, name, value)
         weights = {name: value for name, value in found.items() if name.startswith(("weights", "last"))}
         assert max(value for name, value in found.items() if name not in weights) < case.tolerance, case
         assert case.steps < 10 or max(weights.values()) < 1e-4, case

@@ -19,7 +19,7 @@ from tests.train.runs import braid as braid_command
 from tests.train.runs import events, write_corpus
 from train.config import Recipe
 from train.counter import SETTLED, count_traffic
-from train.engine import Engine, ZeroOptions
+from train.engine import Engine, Placement, ZeroOptions
 from train.health import Health
 from train.parallel import Mesh, open_mesh
 from train.traffic import Job, control_limit, step_traffic
@@ -36,6 +36,11 @@ class Case:
     precision: Precision = field(default_factory=Precision)
     reduction: torch.dtype = torch.float32
     length: int = 25
+    hpz: int | None = None
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.layout.offload, self.hpz)
 
     def job(self, world: int) -> Job:
         return Job(
@@ -50,6 +55,7 @@ class Case:
             reduction=self.reduction,
             recompute=self.recompute,
             options=self.options,
+            placement=self.placement,
         )
 
     def __str__(self) -> str:
@@ -75,6 +81,7 @@ def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
         mesh=mesh,
         reduce_dtype=case.reduction,
         options=case.options,
+        placement=case.placement,
     )
     health = Health(model.table(), mesh, max_skipped=1)
     rows: list[list[int]] = []
@@ -82,7 +89,7 @@ def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
     mesh.at_experts = lambda x, counts, run: rows.append(counts.tolist()) or send(x, counts, run)
     for step in range(SETTLED):
         rows.clear()
-        with count_traffic(mesh) as sent:
+        with count_traffic(mesh, engine.hpz) as sent:
             train_step(mesh, engine, health, case, step)
     engine.close()
     return {"bytes": sent.bytes, "rows": rows}
@@ -129,6 +136,7 @@ CASES = {
         Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=2000, prefetch=300)),
         Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=1, prefetch=1), recompute=True),
         Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=3000, prefetch=300), recompute=True),
+        Case(braid("M-*S"), Layout(zero=3, micro=2, offload=True)),
         Case(braid("M-*W-mE"), Layout(tensor=2)),
         Case(braid("M-[M*]mE", groups=1, kv_heads=1), Layout(tensor=2, micro=4), precision=BFLOAT16, recompute=True),
         Case(braid("M-*WmS"), Layout(context=2, micro=2)),
@@ -141,6 +149,7 @@ CASES = {
     4: [
         Case(braid("M*-mE", groups=1, kv_heads=1), Layout(tensor=2, zero=1, micro=2), precision=BFLOAT16),
         Case(braid("M*-m", tie_embeddings=False), Layout(tensor=2, zero=3)),
+        Case(braid("M-*S"), Layout(zero=3), replace(SMALL, live=1, prefetch=1), recompute=True, hpz=2),
         Case(braid("M-m", groups=1), Layout(tensor=4, zero=2)),
         Case(braid("M*WmS", groups=1, kv_heads=1), Layout(context=2, tensor=2, zero=1, micro=4)),
         Case(braid("M*-W"), Layout(context=4), length=29),

@@ -84,7 +84,14 @@ def a_head(dtype: torch.dtype, z_loss: float) -> Run:
     x, w = leaf(2, 30, 16, dtype=dtype), leaf(128, 16, dtype=torch.float32)
     targets = torch.arange(60).view(2, 30) - 1
     targets[targets < 0] = -100
-    return lambda: [linear_cross_entropy(x, w, targets, vocab_size=100, z_loss=z_loss)], [x, w]
+    ends = targets[:, -1:]  # one column of wider rows, as the only token of a chunk
+    return (
+        lambda: [
+            linear_cross_entropy(x, w, targets, vocab_size=100, z_loss=z_loss),
+            linear_cross_entropy(x[:, -1:], w, ends, vocab_size=100, z_loss=z_loss),
+        ],
+        [x, w],
+    )
 
 
 def an_activation(dtype: torch.dtype, name: str) -> Run:
