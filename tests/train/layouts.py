@@ -28,7 +28,8 @@ from model.weights.writer import write_rank_files
 from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
 from train.parallel import Sizes
 
-OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1)
+OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1, eps=1e-4)
+"""With 1e-8 an element whose gradient is little but rounding would take a whole step in a random direction."""
 ROWS, LENGTH = 8, 25
 CLIP = 0.5
 
