@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Layout:
     micro: int = 1
     recompute: bool = False
     offload: bool = False
+    overlap: bool = False
     optimizer: OptimizerConfig = OPTIMIZER
 
     @property
@@ -156,7 +158,8 @@ def run_layouts(
 
 @dataclass(frozen=True)
 class Leg:
-    """Steps `[first, last)` of the training of a case. restore, save: folders of the checkpoints before and after."""
+    """Steps `[first, last)` of the training of a case. restore, save: folders of the checkpoints before and after.
+    start: the checkpoint is another run's, whose weights and states this one begins with."""
 
     config: ModelConfig
     layout: Layout
@@ -164,10 +167,12 @@ class Leg:
     last: int
     restore: Path | None = None
     save: Path | None = None
+    start: bool = False
 
 
 def run_legs(legs: Sequence[Leg]) -> list[dict[str, Any]]:
-    """On one rank: the engine's whole state after each leg, weights and moments, as fragments."""
+    """On one rank: the engine's whole state after each leg, weights and moments, as fragments; and what other tensor
+    ranks hold a copy of."""
     from train.parallel import Mesh, open_mesh
 
     with open_mesh("cpu", timeout_s=60) as world:
@@ -175,12 +180,16 @@ def run_legs(legs: Sequence[Leg]) -> list[dict[str, Any]]:
 
 
 def run_leg(mesh, leg: Leg) -> dict[str, Any]:
-    from train.checkpoint.capture import restore, saved_fragments, saved_shapes
+    from train.checkpoint.capture import layouts, restore, saved_fragments, saved_shapes
+    from train.checkpoint.start import StartConfig, start_from
 
     engine = start_engine(mesh, leg.config, leg.layout)
     if leg.restore is not None:
         checkpoint = Checkpoint(leg.restore)
-        restore(engine, checkpoint)
+        if leg.start:
+            start_from(engine, checkpoint, StartConfig(checkpoint=str(leg.restore)))
+        else:
+            restore(engine, checkpoint)
         checkpoint.close()
     for step in range(leg.first, leg.last):
         train_one(engine, leg.layout, step)
@@ -191,8 +200,15 @@ def run_leg(mesh, leg: Leg) -> dict[str, Any]:
         if mesh.main:
             Manifest.from_records(chain(*records), saved_shapes(engine), {}).save(leg.save)
         mesh.barrier()
+    with engine.gathered() as weights:
+        copies = [
+            (name, piece.box, weights[name].flatten()[piece.offset : piece.offset + piece.numel].clone())
+            for name, layout in layouts(engine).items()
+            for piece in layout.pieces
+            if piece.copies > 1
+        ]
     engine.close()
-    return {"fragments": fragments, "steps": leg.last}
+    return {"fragments": fragments, "copies": copies}
 
 
 def start_engine(
@@ -210,7 +226,7 @@ def start_engine(
     initialise_model(model, seed=0)
     prepare(model)
     options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
-    where = Placement(offload_optimizer=layout.offload)
+    where = Placement(offload_optimizer=layout.offload, overlap=layout.overlap or None)
     return Engine(
         model, model.table(), layout.optimizer, zero_stage=layout.zero, mesh=mesh, options=options, placement=where
     )
@@ -234,28 +250,28 @@ def owned_weights(engine) -> list[tuple[str, Any, int, Tensor]]:
 
 
 def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
-    """One step as `train.loop` takes it; its loss, norm and gradients before clipping."""
+    """One step by the loop's own parts; its loss, norm and gradients before clipping."""
     from train.health import Health, clip_coefficient
+    from train.loop import accumulate
 
     mesh, model = engine.mesh, engine.module
     batch, share = global_batch(step), ROWS // mesh.data.size
     mine = batch.part(slice(mesh.data.rank * share, (mesh.data.rank + 1) * share))
-    loss, counts = 0.0, {}
     micros = [mine.part(slice(start, start + layout.micro)) for start in range(0, share, layout.micro)]
-    for number, rows in enumerate(micros):
-        out = engine(rows.tokens, rows.starts, rows.targets, noise=NoiseKey(0, step, rows.samples))
-        total = out.nll.sum() + sum(out.losses.values()) / mesh.tensor.size
-        engine.backward(total / batch.valid, last=number == len(micros) - 1)
-        loss += out.nll.sum().item() / batch.valid
-        counts = {name: counts.get(name, 0) + value for name, value in out.counts.items()}
-    for name, value in counts.items():
-        counts[name] = mesh.sum_(value.clone() if mesh.tells_tokens else torch.zeros_like(value))
+    run = SimpleNamespace(
+        engine=engine,
+        mesh=mesh,
+        recipe=SimpleNamespace(seed=0),
+        clock=SimpleNamespace(step=step, tokens=0),
+        watch=SimpleNamespace(progress=lambda what: None),
+    )
+    means, counts = accumulate(cast(Any, run), cast(Any, micros), batch.valid)
     gradients = logical(engine, engine.gradients())
     norm = Health(engine.table, mesh, max_skipped=1).norm(engine)
     assert math.isfinite(norm)
     engine.apply(layout.optimizer.learning_rate, clip_coefficient(norm, CLIP))
     engine.add(model.adjustments(counts))
-    return {"loss": mesh.sum(loss if mesh.tells_tokens else 0.0), "norm": norm, "gradients": gradients}
+    return {"loss": means["loss"], "norm": norm, "gradients": gradients}
 
 
 def train_layout(

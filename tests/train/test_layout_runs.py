@@ -1,0 +1,42 @@
+"""`braid train` in a layout: the curve of one process, also after a kill."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import braid, curve, events, kill_group, start, wait_for_step, write_corpus
+
+STEPS = 10
+SAME, ONE = ["--nproc", "2"], ["--nproc", "1"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "axis", "again"),
+    [
+        pytest.param("tiny-samba", "context", SAME, id="context ranks, resumed"),
+        pytest.param("tiny-moe-mamba", "tensor", ONE, id="tensor ranks, resumed by one process"),
+    ],
+)
+def test_a_run_is_the_run_of_one_process(recipe: str, axis: str, again: list[str], tmp_path: Path) -> None:
+    """Losses, norms, the experts' loads and validation, although the ranks were killed on the way."""
+    write_corpus(tmp_path / "corpus")
+    braid("prepare", recipe, cwd=tmp_path)
+    tokens = [f"training.tokens={STEPS * 8 * 64}", f"checkpoints.every_tokens={4 * 8 * 64}"]
+    braid("train", recipe, "name=alone", *tokens, cwd=tmp_path)
+    spread = ["train", recipe, "name=spread", *tokens]
+    process = start(*spread, *SAME, f"parallel.{axis}=2", cwd=tmp_path)
+    run = tmp_path / "runs/spread"
+    wait_for_step(process, run, 5)
+    kill_group(process)
+    assert any((run / "checkpoints").glob("tokens-*"))
+    assert len(curve(run)) < STEPS, "the kill came too late to test anything"
+    braid(*spread, *again, *([f"parallel.{axis}=2"] if again is SAME else []), cwd=tmp_path)
+    alone = tmp_path / "runs/alone"
+    assert len(curve(run)) == len(curve(alone)) == STEPS
+    for one, two in zip(curve(alone), curve(run), strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"tokens_per_s", "mfu", "seconds"}:
+            within = 1e-4 if key == "grad_norm" else 1e-5
+            assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=within)), key
+    losses = [events(folder, "validation")[-1]["loss"] for folder in (alone, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
