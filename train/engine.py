@@ -80,6 +80,7 @@ class Placement:
         require(not offload or zero_stage > 0, "offload_optimizer", offload, "false, or zero_stage 1, 2 or 3")
         require(ranks is None or zero_stage == 3, "hpz_ranks", ranks, "none, or zero_stage 3")
         require(ranks is None or ranks > 1, "hpz_ranks", ranks, "2 or more ranks, or none")
+        require(not self.overlap or zero_stage > 0, "overlap", self.overlap, "false or none, or zero_stage 1, 2 or 3")
 
     def group_size(self, size: int) -> int:
         """Of `size` ranks, how many keep a second copy of the weights among themselves; 1 for no such copy."""
