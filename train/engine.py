@@ -158,6 +158,11 @@ class DeepSpeedMesh:
         return self.mesh.tensor.size
 
 
+def experts_name(mesh: Mesh) -> str:
+    """By which DeepSpeed's registry knows the groups of this rank's experts."""
+    return f"ep_size_{mesh.expert.size}_{'-'.join(map(str, mesh.replica.ranks))}"
+
+
 @contextmanager
 def experts_apart(
     deepspeed: Any, model: nn.Module, table: Table, optimizer: torch.optim.Optimizer, mesh: Mesh
@@ -182,7 +187,7 @@ def experts_apart(
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """The groups are there: the mesh's."""
 
-    name = f"ep_size_{mesh.expert.size}_{'-'.join(map(str, mesh.replica.ranks))}"
+    name = experts_name(mesh)
     registry._EXPERT_PARALLEL_GROUP[name] = mesh.expert.group
     registry._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.replica.group
     for key, parameter in model.named_parameters():
@@ -346,9 +351,12 @@ class Engine:
         return self._groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks from the module, and its groups of hpZ, of which a process can have one set."""
+        """Removes DeepSpeed's hooks from the module; of its process-wide groups those of hpZ, of which there can be one
+        set, and those of this mesh's experts."""
         self.deepspeed.destroy()
         self._groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        for registry in (self._groups._EXPERT_PARALLEL_GROUP, self._groups._EXPERT_DATA_PARALLEL_GROUP):
+            registry.pop(experts_name(self.mesh), None)
         self._entered.clear()
 
 
