@@ -49,8 +49,8 @@ def choose_teams(
     """Who trains every leg, and who resumes the moved one; None for a number that was not given.
 
     The first is by default the smallest that fills the recipe's mesh. The second is by default one rank, or two after
-    one; it leaves the recipe's tensor, context and expert ranks away, which would otherwise never change. Raises
-    ValueError naming the flag when the recipe cannot be trained so.
+    one; where the recipe has tensor, context or expert ranks it is one rank without them, so that the layout changes.
+    Raises ValueError naming the flag when the recipe cannot be trained so.
     """
     loaded = load_recipe(recipe, overrides)
     sizes = loaded.parallel.sizes
