@@ -97,10 +97,10 @@ class ParallelConfig:
     lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one host, that keep
     a second copy of the weights among themselves, so that of the gathers of a step only the first leaves the group
     (ZeRO 3); none for no such copy. overlap: sum gradients over ranks while the backward pass goes on (ZeRO 1-3), none
-    for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a
-    rank without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
-    interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
-    that NCCL chooses. buckets: sizes of DeepSpeed's buffers, in elements.
+    for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a rank without progress for
+    so many seconds (a micro-batch is progress) writes down its stacks and exits with 74. interface: network interface
+    between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or that NCCL chooses. buckets:
+    sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

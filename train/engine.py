@@ -80,6 +80,7 @@ class Placement:
         require(not offload or zero_stage > 0, "offload_optimizer", offload, "false, or zero_stage 1, 2 or 3")
         require(ranks is None or zero_stage == 3, "hpz_ranks", ranks, "none, or zero_stage 3")
         require(ranks is None or ranks > 1, "hpz_ranks", ranks, "2 or more ranks, or none")
+        require(not self.overlap or zero_stage > 0, "overlap", self.overlap, "false or none, or zero_stage 1, 2 or 3")
 
     def group_size(self, size: int) -> int:
         """Of `size` ranks, how many keep a second copy of the weights among themselves; 1 for no such copy."""
@@ -157,6 +158,11 @@ class DeepSpeedMesh:
         return self.mesh.tensor.size
 
 
+def experts_name(mesh: Mesh) -> str:
+    """By which DeepSpeed's registry knows the groups of this rank's experts."""
+    return f"ep_size_{mesh.expert.size}_{'-'.join(map(str, mesh.replica.ranks))}"
+
+
 @contextmanager
 def experts_apart(
     deepspeed: Any, model: nn.Module, table: Table, optimizer: torch.optim.Optimizer, mesh: Mesh
@@ -181,7 +187,7 @@ def experts_apart(
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """The groups are there: the mesh's."""
 
-    name = f"ep_size_{mesh.expert.size}_{'-'.join(map(str, mesh.replica.ranks))}"
+    name = experts_name(mesh)
     registry._EXPERT_PARALLEL_GROUP[name] = mesh.expert.group
     registry._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.replica.group
     for key, parameter in model.named_parameters():
@@ -345,9 +351,12 @@ class Engine:
         return self._groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks from the module, and its groups of hpZ, of which a process can have one set."""
+        """Removes DeepSpeed's hooks from the module; of its process-wide groups those of hpZ, of which there can be one
+        set, and those of this mesh's experts."""
         self.deepspeed.destroy()
         self._groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        for registry in (self._groups._EXPERT_PARALLEL_GROUP, self._groups._EXPERT_DATA_PARALLEL_GROUP):
+            registry.pop(experts_name(self.mesh), None)
         self._entered.clear()
 
 

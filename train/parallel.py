@@ -55,6 +55,11 @@ class Sizes:
     context: int = 1
     expert: int = 1
 
+    @property
+    def least(self) -> int:
+        """The smallest world that they fill."""
+        return self.tensor * self.context * self.expert
+
     def data(self, world: int) -> int:
         """Number of data ranks. Raises ValueError when the sizes do not fill a world of so many ranks."""
         ranks = self.tensor * self.context

@@ -1,7 +1,8 @@
 """Checks that nothing is damaged: every file and hash of a run, a checkpoint or prepared data, read in full.
 
 With --resume, PATH is a recipe: three short runs prove on this machine that a killed run resumes on the same curve, bit
-for bit, and on another number of ranks with the same batches.
+for bit, and on another number of ranks with the same batches. A recipe with tensor, context or expert ranks is resumed
+on one rank without them, unless --other-nproc says on how many with them.
 """
 
 import argparse
@@ -14,8 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="of the recipe")
     parser.add_argument("--resume", action="store_true", help="train the recipe, kill it, resume it, and compare")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="of each run of --resume (default: 12)")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of --resume (default: 1)")
-    parser.add_argument("--other-nproc", type=int, metavar="N", help="ranks that resume (default: 2, or 1 after 2)")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks of --resume (default: as few as fill its mesh)")
+    parser.add_argument("--other-nproc", type=int, metavar="N", help="ranks that resume (default: 1, or 2 after 1)")
     parser.add_argument("--json", action="store_true", help="the results as JSON on stdout")
 
 
@@ -55,21 +56,22 @@ def _drill(arguments: argparse.Namespace) -> int:
 
     if arguments.steps < 6:
         raise ValueError(f"--steps: got {arguments.steps}, wants at least 6")
-    if arguments.nproc < 1 or (arguments.other_nproc or 1) < 1:
-        raise ValueError(f"--nproc: got {min(arguments.nproc, arguments.other_nproc or 1)}, wants a positive number")
     recipe = find_recipe(arguments.path)
     from launch.drill import Drill, outcome_lines
 
-    others = arguments.other_nproc or (1 if arguments.nproc > 1 else 2)
     with tempfile.TemporaryDirectory(prefix="braid-verify-") as scratch:
-        drill = Drill(recipe, arguments.overrides, steps=arguments.steps, folder=Path(scratch))
-        reference = drill.uninterrupted(arguments.nproc)
+        drill = Drill(
+            recipe,
+            arguments.overrides,
+            ranks=arguments.nproc,
+            others=arguments.other_nproc,
+            steps=arguments.steps,
+            folder=Path(scratch),
+        )
+        reference = drill.uninterrupted()
         outcomes = []
-        for attempt in (
-            lambda: drill.killed(arguments.nproc, reference),
-            lambda: drill.moved(arguments.nproc, others, reference),
-        ):
-            outcome = attempt()
+        for attempt in (drill.killed, drill.moved):
+            outcome = attempt(reference)
             outcomes.append(outcome)
             if not arguments.json:
                 verdict = "holds" if outcome.problem is None else f"DIFFERS: {outcome.problem}"

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.drill import Drill, choose_teams
+from launch.recipes import FOLDER
 from tests.train.runs import braid, write_corpus
+from train.config import load_recipe
 from train.lock import RunLock
 
 
@@ -109,6 +112,7 @@ def test_mistakes_are_one_line(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert "wants a run, a checkpoint or prepared data" in refused(capsys, "verify", "corpus")[1]
     assert "only --resume" in refused(capsys, "verify", "tiny", "training.tokens=3")[1]
     assert "--steps" in refused(capsys, "verify", "--resume", "tiny", "--steps", "2")[1]
+    assert "--nproc: got 0, wants a positive" in refused(capsys, "verify", "--resume", "tiny", "--nproc", "0")[1]
     assert "keep_last" in refused(capsys, "checkpoint", "prune", "tiny", "--keep-last", "0")[1]
     assert "--ema" in refused(capsys, "checkpoint", "average", "tiny", "--ema", "2")[1]
 
@@ -120,3 +124,60 @@ def test_exact_resume_is_proved(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert killed["steps"] == moved["steps"] == 12
     assert killed["difference"] == 0 and killed["problem"] is None
     assert moved["difference"] < 1e-5 and moved["problem"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numbers", "words"),
+    [
+        ((), {}, "2 ranks after 1 rank"),
+        ((), {"ranks": 2}, "1 rank after 2 ranks"),
+        ((), {"ranks": 2, "others": 4}, "4 ranks after 2 ranks"),
+        (("parallel.tensor=2",), {}, "1 rank after 2 ranks (tensor=2)"),
+        (("parallel.tensor=2",), {"ranks": 4}, "1 rank after 4 ranks (tensor=2)"),
+        (("parallel.tensor=2",), {"others": 4}, "4 ranks (tensor=2) after 2 ranks (tensor=2)"),
+        (("parallel.tensor=2", "parallel.context=2"), {}, "1 rank after 4 ranks (tensor=2, context=2)"),
+    ],
+)
+def test_the_moved_run_changes_its_layout(overrides: tuple[str, ...], numbers: dict[str, int], words: str):
+    """Breaks when what was asked for is not done, or when nothing moves."""
+    team, others = choose_teams(FOLDER / "tiny.toml", overrides, **numbers)
+    assert f"{others} after {team}" == words
+    recipe = load_recipe(FOLDER / "tiny.toml", [*overrides, *others.overrides])
+    assert recipe.parallel.sizes == others.sizes
+    recipe.check_ranks(others.ranks)
+
+
+def test_experts_are_moved_too():
+    """Breaks when expert ranks, which are data ranks, do not count."""
+    team, others = choose_teams(FOLDER / "tiny-moe-mamba.toml", ["parallel.expert=2", "parallel.zero_stage=1"])
+    assert f"{others} after {team}" == "1 rank after 2 ranks (expert=2)"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["parallel.tensor=2", "--nproc", "3"], "--nproc 3: parallel: got tensor=2 x context=1, which does not divide"),
+        (["parallel.tensor=2", "--other-nproc", "1"], "--other-nproc 1: parallel: got tensor=2 x context=1, which do"),
+        (["--other-nproc", "3"], "--other-nproc 3: training.rows_per_step: got 8, wants a multiple of the 3 ranks"),
+        (["training.rows_per_step=1"], "--other-nproc 2 (not given): training.rows_per_step: got 1, wants a multiple"),
+        (["--other-nproc", "-1"], "--other-nproc: got -1, wants a positive number of ranks"),
+        (["parallel.tensor=9"], "command line: parallel.tensor: got 9, wants at most 2, because"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Breaks when the mistake is found after minutes of training, in the log of a rank."""
+    monkeypatch.setattr(Drill, "_train", lambda *_: pytest.fail("training was started"))
+    assert line in refused(capsys, "verify", "--resume", "tiny", *words)[1]
+
+
+@pytest.mark.slow
+def test_exact_resume_is_proved_for_tensor_ranks(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """Two ranks that share every weight, killed and resumed; then one rank that has all of them."""
+    assert main(["verify", "--resume", "tiny", "parallel.tensor=2", "--steps", "6", "--json"]) == 0
+    killed, moved = json.loads(capsys.readouterr().out)
+    assert killed["what"] == "killed and resumed on 2 ranks (tensor=2)"
+    assert moved["what"] == "resumed on 1 rank after 2 ranks (tensor=2)"
+    assert killed["steps"] == moved["steps"] == 6
+    assert killed["difference"] == 0 and moved["difference"] < 1e-5

@@ -137,6 +137,10 @@ def test_sections_that_do_not_fit_together_are_refused():
     assert "parallel.offload_optimizer: got True, wants false, or zero_stage 1, 2 or 3" in refused(
         "parallel.zero_stage=0", "parallel.offload_optimizer=true"
     )
+    assert "parallel.overlap: got True, wants false or none, or zero_stage 1, 2 or 3" in refused(
+        "parallel.zero_stage=0", "parallel.overlap=true"
+    )
+    load_recipe(TINY, ["parallel.zero_stage=0", "parallel.overlap=false"])
     assert "parallel.hpz_ranks: got 1, wants 2 or more ranks, or none" in refused(
         "parallel.zero_stage=3", "parallel.hpz_ranks=1"
     )

@@ -113,7 +113,14 @@ def work(cases: list[Case], legs: list[Leg]) -> dict:
             trained.append([record[0], record[-1]])
         exchanged = exchange(Mesh(world.device, Sizes(expert=2))) if world.size == 2 else None
         passed = [run_leg(Mesh(world.device, leg.layout.sizes), leg) for leg in legs]
-        return {"trained": trained, "exchanged": exchanged, "passed": passed}
+        return {"trained": trained, "exchanged": exchanged, "passed": passed, "left": left_in_deepspeed()}
+
+
+def left_in_deepspeed() -> list[str]:
+    """Names of experts' groups in DeepSpeed's registries."""
+    from deepspeed.utils import groups
+
+    return [*groups._EXPERT_PARALLEL_GROUP, *groups._EXPERT_DATA_PARALLEL_GROUP]
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +249,12 @@ def test_weights_and_moments_go_from_layout_to_layout(worlds: dict):
         assert found.keys() == saved.keys()
         for key, value in found.items():
             assert torch.equal(value, saved[key]), f"{key} changed on the way to {size} ranks"
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_closed_engines_leave_no_groups(worlds: dict, world: int):
+    """DeepSpeed's registries live as long as the process: the next engine would find groups of ranks long gone."""
+    assert [rank["left"] for rank in worlds[world]] == [[]] * world
 
 
 def test_refusals_name_the_keys_of_the_recipe():
