@@ -232,7 +232,7 @@ class Mesh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or self.size == 1:
             self.close()  # after an error other ranks may be waiting, and closing would wait for them
 
 

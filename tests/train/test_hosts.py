@@ -132,7 +132,9 @@ def test_two_ranks_a_host_with_hpz(workplace: Path, hosts: tuple[Host, Host]) ->
     assert facts(workplace, "four") == facts(workplace, "four-alone")
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["host", "rank"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, id="host"), pytest.param(False, id="rank", marks=pytest.mark.slow)]
+)
 def test_who_died_is_named(workplace: Path, hosts: tuple[Host, Host], whole: bool) -> None:
     """A host with all that runs on it, or its rank alone: the other host must not wait for ever, nor leave its
     reader to guess which of a thousand hosts it was."""
@@ -150,7 +152,7 @@ def test_who_died_is_named(workplace: Path, hosts: tuple[Host, Host], whole: boo
     assert agents[1].wait(TIMEOUT_S) != 0
 
 
-@pytest.mark.parametrize("launcher", [by_braid, by_torchrun])
+@pytest.mark.parametrize("launcher", [pytest.param(by_braid, marks=pytest.mark.slow), by_torchrun])
 def test_a_dead_rank_is_started_again(
     workplace: Path, hosts: tuple[Host, Host], alone: list[tuple], launcher: Callable[..., Any]
 ) -> None:

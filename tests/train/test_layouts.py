@@ -46,18 +46,22 @@ CASES: dict[int, list[Case]] = {
         (braid("MES"), Layout(expert=2, zero=2, overlap=True)),
     ],
     4: [
-        (braid(EVERY_KIND, groups=1, kv_heads=1), Layout(tensor=4)),
-        (braid("M*", groups=2), Layout(tensor=4, zero=2)),
+        (braid("M*E", groups=1, kv_heads=1), Layout(tensor=4)),
+        (braid("M", groups=2), Layout(tensor=4, zero=2)),
         (braid("MW-", groups=4), Layout(tensor=4, zero=1)),
-        (braid("M*WE"), Layout(tensor=2, zero=1, overlap=True)),
-        (braid("M*mS", groups=2), Layout(tensor=2, zero=3, overlap=True)),
+        (braid("M*E"), Layout(tensor=2, zero=1, overlap=True)),
+        (braid("M*mS"), Layout(tensor=2, zero=3, overlap=True)),
         (braid("M*W-", groups=1), Layout(tensor=2, context=2, zero=1)),
-        (braid("mMW-"), Layout(context=2, zero=2)),
-        (braid("MWES"), Layout(expert=2, tensor=2, zero=1)),
-        (braid("MES"), Layout(expert=2, zero=2)),
+        (braid("mW"), Layout(context=2, zero=2)),
+        (braid("MS"), Layout(expert=2, zero=2)),
     ],
     3: [(braid("MW-S", groups=4), Layout(tensor=3)), (braid("MW*-"), Layout(context=3, zero=3))],
 }
+CASES[8] = [
+    (braid(EVERY_KIND, groups=1, kv_heads=1), Layout(tensor=4, zero=1)),
+    (braid("MWES"), Layout(expert=2, tensor=2, context=2, zero=1)),
+    (braid(EVERY_KIND), Layout(tensor=2, context=2, zero=2)),
+]
 
 
 def check(config: ModelConfig, layout: Layout, ranks: list[list[dict]]) -> None:
@@ -73,7 +77,7 @@ def check(config: ModelConfig, layout: Layout, ranks: list[list[dict]]) -> None:
         assert torch.equal(initial[name], value), f"{config.pattern} in {layout}: {name} begins with other numbers"
 
 
-@pytest.mark.parametrize("world", [2, 4, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, 4, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 8))])
 def test_same_training(world: int):
     """A run would learn something else on another cluster, and nobody would see it."""
     cases = CASES[world]

@@ -87,6 +87,20 @@ def test_a_failing_rank_fails_the_test():
         run_ranks(fail_on_one_rank, 2)
 
 
+def fail_alone() -> int:
+    from train.parallel import open_mesh
+
+    with pytest.raises(ValueError, match="a mistake"), open_mesh("cpu", timeout_s=60):
+        raise ValueError("a mistake")
+    with open_mesh("cpu", timeout_s=60) as mesh:
+        return mesh.size
+
+
+def test_a_process_alone_may_go_on_after_a_mistake():
+    """A second command in the same process, a notebook's say, would find the first one's process group."""
+    assert run_ranks(fail_alone, 1) == [1]
+
+
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="device: got 'tpu', wants one of auto, cpu, cuda"):
         choose_device("tpu")
