@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.context import NoiseKey, chunk_bounds
-from model.hybrid import HybridLM, Precision, initialise_model
+from model.hybrid import HybridLM, Precision, initialise_model, model_table
 from model.layers.attention import AttentionConfig
 from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
@@ -301,6 +301,18 @@ def assembled(like: dict[str, Tensor], fragments: Sequence[tuple[str, Any, int, 
         view.copy_(flat.view(view.shape))
     assert not any(value.isnan().any() for value in whole.values()), "some elements belong to no rank"
     return whole
+
+
+def merged(config: ModelConfig, ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Kind -> logical tensors, from what all ranks save."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for kind, name in dict.fromkeys((f[0], f[1]) for rank in ranks for f in rank["fragments"]):
+        if kind != "scalar":
+            kinds.setdefault(kind, {})[name] = torch.empty(model_table(config)[name].shape)
+    return {
+        kind: assembled(like, [f[1:] for rank in ranks for f in rank["fragments"] if f[0] == kind])
+        for kind, like in kinds.items()
+    }
 
 
 def differences(expected: list[dict], ranks: list[list[dict]]) -> dict[str, float]:

@@ -1,15 +1,13 @@
 """A layout changes nothing of what is computed: real gloo ranks against one process of plain torch."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.hybrid import Precision, model_table
+from model.hybrid import Precision
 from tests.ranks import run_ranks
 from tests.train.layouts import (
     CLIP,
@@ -18,6 +16,7 @@ from tests.train.layouts import (
     assembled,
     braid,
     differences,
+    merged,
     reference,
     run_layouts,
     run_legs,
@@ -131,18 +130,6 @@ def test_routers_and_norms_are_never_rounded():
             assert value.dtype == torch.float32
             assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded"
             assert torch.allclose(value, weights[name], rtol=1e-3), name
-
-
-def merged(config: ModelConfig, ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """Kind -> logical tensors, from what all ranks save."""
-    kinds: dict[str, dict[str, Tensor]] = {}
-    for kind, name in dict.fromkeys((f[0], f[1]) for rank in ranks for f in rank["fragments"]):
-        if kind != "scalar":
-            kinds.setdefault(kind, {})[name] = torch.empty(model_table(config)[name].shape)
-    return {
-        kind: assembled(like, [f[1:] for rank in ranks for f in rank["fragments"] if f[0] == kind])
-        for kind, like in kinds.items()
-    }
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -52,7 +52,10 @@ def test_loads_and_losses_are_recorded(whole: Path):
     assert bias(whole).abs().max() > 0.015, "the bias has moved more than once"
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [pytest.param(0, 2, marks=pytest.mark.slow), (1, 2), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)],
+)
 def test_no_layout_changes_the_bias(workplace: Path, whole: Path, stage: int, ranks: int):
     """Counts are global: each rank's own would balance its own share of the batch."""
     name = f"stage-{stage}"

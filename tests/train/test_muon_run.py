@@ -41,6 +41,7 @@ def test_the_loss_falls_alike_on_any_number_of_ranks(workplace: Path) -> None:
         assert abs(a["loss"] - b["loss"]) <= 1e-4 * a["loss"], (a["step"], a["loss"], b["loss"])
 
 
+@pytest.mark.slow
 def test_kill_and_rerun_equals_an_uninterrupted_run(workplace: Path) -> None:
     """Momentum of matrices and moments of the rest come back, each to its own, bit for bit."""
     command = arguments("killed", 2)
