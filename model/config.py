@@ -82,6 +82,12 @@ class ModelConfig:
         blocks = self.blocks
         return [blocks.index(letters) if letters in {*self.shared} else i for i, letters in enumerate(blocks)]
 
+    def recomputed(self, chosen: bool | str) -> frozenset[int]:
+        """Places of the stack whose block runs again in the backward pass. chosen: all, none, or those with a layer of
+        these letters."""
+        places = enumerate(self.blocks)
+        return frozenset(i for i, letters in places if chosen is True or (chosen and not {*chosen}.isdisjoint(letters)))
+
     def block(self, place: int) -> tuple[list[LayerConfig], list[float | None]]:
         """The layer configs of a block, and the initial values of their gates."""
         letters = self.blocks[place]

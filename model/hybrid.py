@@ -196,8 +196,7 @@ class HybridLM(nn.Module):
         self.embedding = Embedding(config.vocab_size, place)
         blocks = {i: build_block(*config.block(i), dims, device) for i in dict.fromkeys(config.places)}
         self.blocks = Blocks(blocks, config.places)
-        self.letters = config.blocks
-        self.first_layer = [0, *accumulate(map(len, self.letters))]
+        self.first_layer = [0, *accumulate(map(len, config.blocks))]
         self.norm = Norm(dims, device)
         self.head = Head(config.vocab_size, self.mesh)
         vocabulary = vocabulary_spec(config)
@@ -263,10 +262,10 @@ class HybridLM(nn.Module):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
+        again = self.config.recomputed(self.recompute) if torch.is_grad_enabled() else frozenset()
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            again = self.recomputes(self.letters[index]) and torch.is_grad_enabled()
-            out = _run(block, x, ctx.at(self.first_layer[index]), before, again)
+            out = _run(block, x, ctx.at(self.first_layer[index]), before, index in again)
             x = out.y
             states.append(out.state)
             losses = add_losses(losses, out.losses)
@@ -309,11 +308,6 @@ class HybridLM(nn.Module):
         low, high = chunk_bounds(rows.shape[1], self.mesh.context_rank, self.mesh.context_size)
         return rows[:, low:high]
 
-    def recomputes(self, letters: str) -> bool:
-        """Whether a block of these layers runs again in the backward pass."""
-        chosen = self.recompute
-        return chosen if isinstance(chosen, bool) else not {*chosen}.isdisjoint(letters)
-
 
 def _run(block: nn.Module, x: Tensor, ctx: Context, state: Any, again: bool) -> LayerOutput:
     if again:
@@ -354,6 +348,6 @@ def initialise_model(model: HybridLM, seed: int, names: Iterable[str] | None = N
     chosen = set(table if names is None else names)
     wanted = [(name, parameter) for name, parameter in model.named_parameters() if name in chosen]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        drawn = [threads.submit(initialise, p, name, table[name], seed, *model.mesh.place) for name, p in wanted]
+        drawn = [threads.submit(initialise, p, name, table[name], seed, model.mesh.place) for name, p in wanted]
         for parameter in drawn:
             parameter.result()

@@ -31,7 +31,7 @@ def box_numel(box: Box) -> int:
 
 
 class Place(NamedTuple):
-    """Where a rank stands among those that hold parts of one copy of the weights: `local_layout(spec, *place)`.
+    """Where a rank stands among those that hold parts of one copy of the weights.
 
     rank, size: of tensor parallelism. expert_rank, expert_size: of expert parallelism.
     """
@@ -198,19 +198,17 @@ class LocalLayout:
     pieces: tuple[Piece, ...]
 
 
-def local_layout(
-    spec: ParamSpec, rank: int = 0, size: int = 1, expert_rank: int = 0, expert_size: int = 1
-) -> LocalLayout:
-    """Where the pieces of a logical tensor lie in the local tensor of a rank (see `Place`)."""
+def local_layout(spec: ParamSpec, place: Place = WHOLE) -> LocalLayout:
+    """Where the pieces of a logical tensor lie in the local tensor of a rank."""
     pieces: list[Piece] = []
     tail = tuple((0, n) for n in spec.shape[1:])
     local_tail, row, offset, rows = spec.shape[1:], 0, 0, 0
-    held = _held_blocks(spec, expert_rank, expert_size)
+    held = _held_blocks(spec, place)
     for index, block in enumerate(spec.named_blocks()):
         if index not in held:
             row += block.rows
             continue
-        for box, copies, owner in _block_boxes(block, row, tail, rank, size):
+        for box, copies, owner in _block_boxes(block, row, tail, place.rank, place.size):
             pieces.append(Piece(block.name, box, offset, copies, owner))
             offset += box_numel(box)
             rows += box[0][1] - box[0][0]
@@ -224,19 +222,20 @@ def local_rows(spec: ParamSpec, place: Place) -> dict[str, int]:
     """Rows of each named block in the local tensor of a rank, 0 for those of other ranks' experts; padding is left
     out."""
     rows = dict.fromkeys((block.name for block in spec.named_blocks()), 0)
-    for piece in local_layout(spec, *place).pieces:
+    for piece in local_layout(spec, place).pieces:
         (start, stop), *_ = piece.box
         rows[piece.block] += stop - start
     return rows
 
 
-def _held_blocks(spec: ParamSpec, expert_rank: int, expert_size: int) -> range:
+def _held_blocks(spec: ParamSpec, place: Place) -> range:
     """Indices of the blocks that an expert rank holds: all, of a weight that is not made of experts."""
     blocks = len(spec.named_blocks())
     if not spec.experts:
         return range(blocks)
-    assert spec.experts % expert_size == 0, f"{spec.experts} experts do not divide over {expert_size} ranks"
-    return range(blocks * expert_rank // expert_size, blocks * (expert_rank + 1) // expert_size)
+    rank, size = place.expert_rank, place.expert_size
+    assert spec.experts % size == 0, f"{spec.experts} experts do not divide over {size} ranks"
+    return range(blocks * rank // size, blocks * (rank + 1) // size)
 
 
 def _block_boxes(block: Block, row: int, tail: Box, rank: int, size: int) -> Iterator[tuple[Box, int, bool]]:
@@ -265,7 +264,7 @@ def _block_boxes(block: Block, row: int, tail: Box, rank: int, size: int) -> Ite
 
 def allocate(spec: ParamSpec, device: torch.device | str | None = None, place: Place = WHOLE) -> nn.Parameter:
     """An uninitialised parameter of the local shape."""
-    data = torch.empty(local_layout(spec, *place).shape, dtype=spec.dtype, device=device)
+    data = torch.empty(local_layout(spec, place).shape, dtype=spec.dtype, device=device)
     return nn.Parameter(data, requires_grad=not spec.frozen)
 
 
@@ -281,22 +280,13 @@ def allocate_table(
 
 
 @torch.no_grad()
-def initialise(
-    param: Tensor,
-    name: str,
-    spec: ParamSpec,
-    seed: int,
-    rank: int = 0,
-    size: int = 1,
-    expert_rank: int = 0,
-    expert_size: int = 1,
-) -> None:
+def initialise(param: Tensor, name: str, spec: ParamSpec, seed: int, place: Place = WHOLE) -> None:
     """Fills a local tensor with the initial values of its pieces, the same in every layout and on every device.
 
     Values are drawn in chunks of rows of the logical tensor from generators keyed by `(seed, name, chunk)`; a rank
     draws only the chunks that its rows touch. Padding rows are zero.
     """
-    layout = local_layout(spec, rank, size, expert_rank, expert_size)
+    layout = local_layout(spec, place)
     flat = torch.zeros(math.prod(layout.shape), dtype=torch.float32)
     for piece in layout.pieces:
         flat[piece.offset : piece.offset + piece.numel] = draw_box(name, spec, piece.box, seed).flatten()

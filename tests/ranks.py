@@ -6,6 +6,7 @@
 torchrun would set them, and a current directory of the test's.
 """
 
+import io
 import multiprocessing
 import os
 import socket
@@ -14,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
 
 
 def free_port() -> int:
@@ -27,15 +30,15 @@ def _rank_main(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    import torch
-
     torch.set_num_threads(1)
     try:
         answer = ("result", work(*arguments))
     except BaseException:
         answer = ("error", traceback.format_exc())
-    pipe.send(answer)
-    pipe.recv()  # tensors are shared with the parent: stay until it has them
+    message = io.BytesIO()
+    torch.save(answer, message)  # by value: a pipe would send a file handle for each tensor, one after the other
+    pipe.send_bytes(message.getbuffer())
+    pipe.poll(None)  # other ranks may still need this one: the parent ends it
 
 
 def run_ranks(
@@ -78,11 +81,10 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                kind, value = pipe.recv()
+                message = pipe.recv_bytes()
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
+            kind, value = torch.load(io.BytesIO(message), weights_only=False)
             assert kind == "result", f"rank {rank} failed:\n{value}"
             results[rank] = value
-    for pipe in pipes:
-        pipe.send(None)
     return [results[rank] for rank in range(len(pipes))]

@@ -60,7 +60,7 @@ class Health:
         self.counted = {
             name: [
                 (piece.offset, piece.offset + piece.numel)
-                for piece in local_layout(spec, *mesh.place).pieces
+                for piece in local_layout(spec, mesh.place).pieces
                 if piece.owner
             ]
             for name, spec in table.items()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from model.config import ModelConfig
 from model.hybrid import model_table
-from model.params import Table, local_layout
+from model.params import Place, Table, local_layout
 from train.parallel import Sizes
 from train.reading import require
 
@@ -35,7 +35,7 @@ def check_layout(model: ModelConfig, sizes: Sizes, *, sequence_length: int, zero
 def _check_kinds(model: ModelConfig, key: str, size: int) -> None:
     """A layer kind says what it can be spread over; experts are spread where there are any."""
     stacked = {letter: model.layers[letter] for block in model.blocks for letter in block}
-    able = [letter for letter, layer in stacked.items() if key in getattr(layer, "parallel", ())]
+    able = [letter for letter, layer in stacked.items() if key in layer.parallel]
     if key == "expert":
         require(bool(able), key, size, "1, because no layer of the model has experts")
         return
@@ -65,7 +65,6 @@ def _leaders(model: ModelConfig) -> Iterator[tuple[str, int]]:
 def copied_elements(table: Table, tensor: int) -> int:
     """How many elements the tensor ranks hold together beyond those of the model: copies of norms, routers and shared
     heads."""
-    pieces = (
-        piece for spec in table.values() for rank in range(tensor) for piece in local_layout(spec, rank, tensor).pieces
-    )
+    places = [Place(rank, tensor) for rank in range(tensor)]
+    pieces = (piece for spec in table.values() for place in places for piece in local_layout(spec, place).pieces)
     return sum(piece.numel for piece in pieces) - sum(spec.numel for spec in table.values())

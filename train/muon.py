@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from model.params import ParamSpec, Place, local_layout
+from model.params import WHOLE, ParamSpec, Place, local_layout
 from train.collectives import Axis
 from train.reading import require
 
@@ -174,15 +174,15 @@ class Matrix:
         return torch.cat([whole.new_empty(0), *(whole[part.rows, part.columns].flatten() for part in self.parts)])
 
 
-def matrices_of(parameter: Any, spec: ParamSpec, place: tuple[int, ...]) -> Iterator[Matrix]:
+def matrices_of(parameter: Any, spec: ParamSpec, place: Place) -> Iterator[Matrix]:
     """The matrices of a parameter of which this rank, or another one of its tensor-parallel group, holds a part.
 
-    parameter: None where shapes are all that is wanted. place: of this rank, as `local_layout` takes it.
+    parameter: None where shapes are all that is wanted. place: of this rank.
     """
-    _, size, *more = place
-    held = {piece.block for rank in range(size) for piece in local_layout(spec, rank, size, *more).pieces}
+    group = [place._replace(rank=rank) for rank in range(place.size)]
+    held = {piece.block for other in group for piece in local_layout(spec, other).pieces}
     mine = defaultdict(list)
-    for piece in local_layout(spec, *place).pieces:
+    for piece in local_layout(spec, place).pieces:
         mine[piece.block].append(piece)
     row, blocks = 0, spec.named_blocks()
     for block in blocks:
@@ -236,7 +236,7 @@ class Muon(torch.optim.Optimizer):
     """Muon over the matrices of `groups`, AdamW over the rest.
 
     groups: of `train/optim.py: parameter_groups`. shard: the ranks that hold the same matrices, which share the work.
-    tensor: the ranks that hold parts of one matrix, with `place` as in `local_layout`. Every rank must call `step`,
+    tensor: the ranks that hold parts of one matrix, at `place`. Every rank must call `step`,
     with a gradient for every matrix.
     """
 
@@ -247,9 +247,9 @@ class Muon(torch.optim.Optimizer):
         *,
         shard: Axis = ALONE,
         tensor: Axis = ALONE,
-        place: tuple[int, ...] = Place(),
+        place: Place = WHOLE,
     ) -> None:
-        assert place[:2] == (tensor.rank, tensor.size), f"{place} is not the place of {tensor}"
+        assert (place.rank, place.size) == (tensor.rank, tensor.size), f"{place} is not the place of {tensor}"
         self.config, self.shard, self.tensor = config, shard, tensor
         super().__init__([part for group in groups for part in _split(group)], {"lr": config.learning_rate})
         self.matrices = [

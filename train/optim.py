@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from model.params import ParamSpec, Place, Table
+from model.params import WHOLE, ParamSpec, Place, Table
 from train.collectives import Axis
 from train.muon import ADAMW_STATES, ALONE, MUON_STATES, ZERO_STAGES, Muon, MuonConfig, initial_state, is_matrix
 from train.reading import require
@@ -91,7 +91,7 @@ def build_optimizer(
     *,
     shard: Axis = ALONE,
     tensor: Axis = ALONE,
-    place: tuple[int, ...] = Place(),
+    place: Place = WHOLE,
 ) -> torch.optim.Optimizer:
     """The torch optimizer over `groups`; AdamW is fused where the device has a fused kernel. shard, tensor, place: the
     ranks that Muon works with."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from model.params import Box, Piece, Table, local_layout
+from model.params import Box, Piece, Place, Table, local_layout
 from model.weights.fragments import pieces_in
 from train.health import GradientFragment
 from train.parallel import Mesh
@@ -19,7 +19,7 @@ def shared_pieces(table: Table, tensor: int) -> Iterator[tuple[str, Piece]]:
     """What lies on more than one of so many tensor ranks and takes a gradient, each once."""
     for name, spec in table.items():
         for rank in range(tensor):
-            for piece in local_layout(spec, rank, tensor).pieces:
+            for piece in local_layout(spec, Place(rank, tensor)).pieces:
                 if piece.copies > 1 and piece.owner and not spec.frozen:
                     yield name, piece
 
@@ -33,7 +33,7 @@ class SharedGradients:
 
     def __init__(self, table: Table, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.layouts = {name: local_layout(spec, *mesh.place) for name, spec in table.items()}
+        self.layouts = {name: local_layout(spec, mesh.place) for name, spec in table.items()}
         self.offsets: dict[tuple[str, Box], int] = {}
         self.elements = 0
         for name, piece in shared_pieces(table, mesh.tensor.size):

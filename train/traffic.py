@@ -11,7 +11,7 @@ Legend: b rows of a rank in a step, L tokens of a row that it has, D width, t te
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -94,14 +94,9 @@ class Job:
         return -(-self.rows // self.micro_batch_rows)
 
     @cached_property
-    def recomputed(self) -> Collection[int]:
+    def recomputed(self) -> frozenset[int]:
         """Places of the stack whose block runs again in the backward pass."""
-        chosen, blocks = self.recompute, self.model.blocks
-        return {
-            place
-            for place, letters in enumerate(blocks)
-            if (chosen if isinstance(chosen, bool) else not {*chosen}.isdisjoint(letters))
-        }
+        return self.model.recomputed(self.recompute)
 
     def axis(self, name: str, rank: int) -> Axis:
         """An axis of the mesh as `rank` sees it, without a process group; "hpz": the ranks that share a second copy of
@@ -120,10 +115,7 @@ class Job:
 
     def messages(self, letter: str, rank: int) -> list[Message]:
         """What a layer asks of other ranks in a forward pass."""
-        layer = self.model.layers[letter]
-        if not hasattr(layer, "messages"):
-            return []
-        return layer.messages(replace(self.model.dims, place=self.place(rank)))
+        return self.model.layers[letter].messages(replace(self.model.dims, place=self.place(rank)))
 
 
 def step_traffic(job: Job, rank: int = 0, crossing: Mapping[int, float] | None = None) -> Traffic:
@@ -271,7 +263,7 @@ _MESSAGES = {
 def local_numel(job: Job, rank: int) -> dict[str, int]:
     """Elements of a rank's part of each weight, padding included."""
     place = job.place(rank)
-    return {name: math.prod(local_layout(spec, *place).shape) for name, spec in job.table.items()}
+    return {name: math.prod(local_layout(spec, place).shape) for name, spec in job.table.items()}
 
 
 def _weights(job: Job, rank: int) -> Parts:

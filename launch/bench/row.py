@@ -53,11 +53,11 @@ class Row:
 
     name: str
     measures: str
-    unit: str
-    higher_is_better: bool
     ours: Measure
     peer: Measure
     peer_name: str
+    unit: str = "tokens/s"
+    higher_is_better: bool = True
     needs: tuple[str, ...] = ()
     absent: Callable[[], list[str]] = list
     note: str = ""

@@ -82,12 +82,12 @@ class Message:
 
 
 class LayerKind(Protocol):
-    """The config of a layer kind: a frozen dataclass. `check` raises ValueError naming the field that is wrong. Its
-    class may say `parallel`: over which ranks, of "tensor", "context" and "expert", a layer of it may be spread besides
-    data-parallel ones; where it does not, over none. A kind whose layers ask anything of the other ranks declares it:
-    `messages(dims)`, a list of `Message` for the rank that `dims.place` names."""
+    """The config of a layer kind: a frozen dataclass. parallel: over which ranks, of "tensor", "context" and "expert",
+    a layer of it may be spread besides data-parallel ones. `check` raises ValueError naming the field that is wrong.
+    `messages`: all that a layer asks of other ranks in a forward pass, on the rank that `dims.place` names."""
 
     residual: ClassVar[str]
+    parallel: ClassVar[tuple[str, ...]]
 
     @property
     def kind(self) -> str: ...
@@ -97,6 +97,8 @@ class LayerKind(Protocol):
     def table(self, dims: Dims) -> Table: ...
 
     def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs: ...
+
+    def messages(self, dims: Dims) -> list[Message]: ...
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module: ...
 

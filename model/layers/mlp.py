@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context, LayerOutput
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_spec, require
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, projection_spec, require
 from model.ops.norm import relu2, swiglu
 from model.params import Block, ParamSpec, Table, allocate_table, split_evenly
 
@@ -64,6 +64,9 @@ class MLPConfig:
             saved_float32=0,
             state_bytes=0,
         )
+
+    def messages(self, dims: Dims) -> list[Message]:
+        return []
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return MLP(self, dims, device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.context import Context, LayerOutput
 from model.hybrid import HybridLM, initialise_model, model_table
-from model.layers.base import Costs, Dims, Projection, VisibleKeys, projection_spec
+from model.layers.base import Costs, Dims, Message, Projection, VisibleKeys, projection_spec
 from model.layers.mlp import MLPConfig
 from model.params import Constant, ParamSpec, Table, allocate_table, split_evenly
 from tests.contracts.examples import tokens_and_starts
@@ -22,6 +22,7 @@ class DecayedMeanConfig:
     penalty: float = 0.1
     kind: Literal["decayed_mean"] = "decayed_mean"
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ()
 
     def check(self, d_model: int) -> None:
         assert d_model > 0
@@ -34,6 +35,9 @@ class DecayedMeanConfig:
 
     def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
         return Costs(2 * dims.d_model**2, 2 * dims.d_model, 0, 4 * dims.d_model)
+
+    def messages(self, dims: Dims) -> list[Message]:
+        return []
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return DecayedMean(self, dims, device)

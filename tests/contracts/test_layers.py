@@ -5,7 +5,7 @@ import torch
 
 from model.context import Context, Documents
 from model.hybrid import HybridLM, Precision, initialise_model
-from model.params import draw_box, initialise, local_layout
+from model.params import Place, draw_box, initialise, local_layout
 from model.registry import LayerConfig
 from tests.contracts.examples import D_MODEL, EXAMPLES, braid, tokens_and_starts
 
@@ -161,9 +161,9 @@ def test_initial_values_do_not_depend_on_the_split(layer: LayerConfig) -> None:
         for size in (1, 2, 4):
             seen = torch.zeros(spec.shape)
             for rank in range(size):
-                layout = local_layout(spec, rank, size)
+                layout = local_layout(spec, Place(rank, size))
                 local = torch.full(layout.shape, float("nan"))
-                initialise(local, name, spec, 3, rank, size)
+                initialise(local, name, spec, 3, Place(rank, size))
                 for piece in layout.pieces:
                     part = local.flatten()[piece.offset : piece.offset + piece.numel]
                     where = tuple(slice(*span) for span in piece.box)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launch.cli import main
 from launch.commands.eval import configure, spelled, table
-from tests.train.runs import braid, environment, events, write_corpus
+from tests.train.runs import braid, environment, events, prepare_tiny, trained
 
 PROBES = "braid_brackets,braid_repeat,braid_passages"
 STANDARD = "lambada_openai,hellaswag,piqa,arc_easy,winogrande"
@@ -23,10 +23,8 @@ STANDARD = "lambada_openai,hellaswag,piqa,arc_easy,winogrande"
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, runs/tiny."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    braid("train", "tiny", cwd=folder)
+    folder = prepare_tiny(tmp_path_factory.mktemp("evaluated"))
+    trained(cwd=folder)
     return folder
 
 

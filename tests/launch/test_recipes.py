@@ -13,7 +13,7 @@ from model.hf.nemotron_h import obstacle
 from model.hybrid import HybridLM, initialise_model, model_table, parameter_count
 from model.params import Normal, Uniform, count_parameters, local_layout
 from tests.launch.published import ACTIVE, DEFINED, PUBLISHED
-from tests.train.runs import braid, curve, write_corpus
+from tests.train.runs import braid, curve, prepare_tiny
 from train.config import Recipe, load_recipe
 from train.optim import build_optimizer, parameter_groups
 
@@ -108,10 +108,7 @@ def test_initial_values_are_the_published_ones():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `braid prepare tiny` was run."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("name", TINY)

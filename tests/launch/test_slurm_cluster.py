@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster import NODES, Cluster, slurm
-from tests.train.runs import braid, curve, events, write_corpus
+from tests.train.runs import braid, curve, events, prepare_tiny
 
 pytestmark = pytest.mark.slurm
 
@@ -24,10 +24,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data, in a folder whose name has to be quoted."""
-    folder = tmp_path_factory.mktemp("it's a 100% cluster")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("it's a 100% cluster"))
 
 
 def numbers(run: Path) -> list[tuple]:

@@ -10,18 +10,16 @@ import pytest
 from launch.cli import main
 from launch.drill import Drill, choose_teams
 from launch.recipes import FOLDER
-from tests.train.runs import braid, write_corpus
+from tests.train.runs import prepare_tiny, trained
 from train.config import load_recipe
 from train.lock import RunLock
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
+    folder = prepare_tiny(tmp_path_factory.mktemp("verify"))
     settings = "checkpoints.every_tokens=1024", "evaluation.every_tokens=2048", "checkpoints.keep_last=9"
-    braid("train", "tiny", "training.tokens=5120", *settings, cwd=folder)
+    trained("training.tokens=5120", *settings, cwd=folder)
     return folder
 
 

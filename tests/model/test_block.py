@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.context import Context, Documents, LayerOutput, NoiseKey
 from model.hybrid import HybridLM, Precision, forward_flops, initialise_model, parameter_count
 from model.layers.attention import AttentionConfig
-from model.layers.base import Costs, Dims, VisibleKeys
+from model.layers.base import Costs, Dims, Message, VisibleKeys
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.ops.rope import YarnScaling
@@ -207,6 +207,7 @@ class ProbeConfig:
     """Returns zeros, and tells which layer it is and which noise it gets."""
 
     residual: ClassVar[str] = "add"
+    parallel: ClassVar[tuple[str, ...]] = ()
     kind: Literal["probe"] = "probe"
 
     def check(self, d_model: int) -> None: ...
@@ -216,6 +217,9 @@ class ProbeConfig:
 
     def costs(self, dims: Dims, length: int, keys: VisibleKeys) -> Costs:
         return Costs(0, 0, 0, 0)
+
+    def messages(self, dims: Dims) -> list[Message]:
+        return []
 
     def build(self, dims: Dims, device: torch.device | str | None = None) -> nn.Module:
         return Probe()

@@ -12,6 +12,7 @@ from model.params import (
     InverseSoftplusLogUniform,
     Normal,
     ParamSpec,
+    Place,
     Split,
     Uniform,
     box_numel,
@@ -43,7 +44,7 @@ def test_a_shared_group_is_held_by_every_rank_that_has_its_heads() -> None:
 
 def test_copies_and_owners_of_a_straddling_group() -> None:
     spec = ParamSpec((12, 5), Normal(1.0), blocks=(Block("q", 6, split_evenly(0, 6)), Block("k", 6, Split(0, 2, 6))))
-    middle = local_layout(spec, 1, 3)
+    middle = local_layout(spec, Place(1, 3))
     assert middle.shape == (2 + 6, 5)
     assert [(p.block, p.box[0], p.copies, p.owner) for p in middle.pieces] == [
         ("q", (2, 4), 1, True),
@@ -51,7 +52,7 @@ def test_copies_and_owners_of_a_straddling_group() -> None:
         ("k", (9, 12), 2, True),
     ]
     assert [p.offset for p in middle.pieces] == [0, 10, 25]
-    total = sum(p.numel for rank in range(3) for p in local_layout(spec, rank, 3).pieces if p.owner)
+    total = sum(p.numel for rank in range(3) for p in local_layout(spec, Place(rank, 3)).pieces if p.owner)
     assert total == spec.numel == count_parameters({"w": spec})
 
 
@@ -63,13 +64,13 @@ def test_padding_rows_are_zero_and_belong_to_nobody() -> None:
     local = torch.full((16, 3), float("nan"))
     initialise(local, "w", spec, seed=0)
     assert local[10:].abs().max() == 0 and local[:10].abs().min() > 0
-    assert local_layout(spec, 1, 4).shape == (8, 3)
+    assert local_layout(spec, Place(1, 4)).shape == (8, 3)
 
 
 def test_columns_split_for_row_parallel_weights() -> None:
     spec = ParamSpec((4, 12), Normal(1.0), split=split_evenly(1, 3))
-    assert local_layout(spec, 1, 2).pieces[0].box == ((0, 4), (4, 12))
-    assert box_numel(local_layout(spec, 0, 2).pieces[0].box) == 16
+    assert local_layout(spec, Place(1, 2)).pieces[0].box == ((0, 4), (4, 12))
+    assert box_numel(local_layout(spec, Place(0, 2)).pieces[0].box) == 16
 
 
 def test_large_tensors_are_drawn_in_chunks_that_boxes_can_pick(monkeypatch: pytest.MonkeyPatch) -> None:

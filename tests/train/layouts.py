@@ -23,14 +23,22 @@ from model.layers.mamba import MambaConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.layers.moe import MoEConfig
+from model.weights.fragments import fragments_of
 from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
+from train.checkpoint.capture import layouts, restore, saved_fragments, saved_shapes
+from train.checkpoint.start import StartConfig, start_from
+from train.engine import Engine, Placement, ZeroOptions
+from train.health import Health, clip_coefficient
+from train.layout import check_layout
+from train.loop import accumulate
 from train.optim import AdamWConfig, OptimizerConfig, build_optimizer, parameter_groups
-from train.parallel import Sizes
+from train.parallel import Mesh, Sizes, open_mesh
 
 OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1, eps=1e-4)
 """With 1e-8 an element whose gradient is little but rounding would take a whole step in a random direction."""
+SMALL = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
 ROWS, LENGTH = 8, 25
 CLIP = 0.5
 
@@ -47,11 +55,16 @@ class Layout:
     recompute: bool = False
     offload: bool = False
     overlap: bool = False
+    hpz: int | None = None
     optimizer: OptimizerConfig = OPTIMIZER
 
     @property
     def sizes(self) -> Sizes:
         return Sizes(self.tensor, self.context, self.expert)
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.offload, self.hpz, self.overlap or None)
 
 
 def braid(pattern: str, groups: int = 2, kv_heads: int = 2, heads: int = 4, **more: Any) -> ModelConfig:
@@ -147,8 +160,6 @@ def run_layouts(
 ) -> list[list[dict]]:
     """On one rank: every case, `(model, layout, steps)`, in turn. Gradients and weights are fragments, as checkpoints
     have them: each element of each logical tensor on one rank."""
-    from train.parallel import Mesh, open_mesh
-
     with open_mesh("cpu", timeout_s=60) as world:
         return [
             train_layout(Mesh(world.device, layout.sizes), config, layout, steps, precision)
@@ -173,16 +184,11 @@ class Leg:
 def run_legs(legs: Sequence[Leg]) -> list[dict[str, Any]]:
     """On one rank: the engine's whole state after each leg, weights and moments, as fragments; and what other tensor
     ranks hold a copy of."""
-    from train.parallel import Mesh, open_mesh
-
     with open_mesh("cpu", timeout_s=60) as world:
         return [run_leg(Mesh(world.device, leg.layout.sizes), leg) for leg in legs]
 
 
-def run_leg(mesh, leg: Leg) -> dict[str, Any]:
-    from train.checkpoint.capture import layouts, restore, saved_fragments, saved_shapes
-    from train.checkpoint.start import StartConfig, start_from
-
+def run_leg(mesh: Mesh, leg: Leg) -> dict[str, Any]:
     engine = start_engine(mesh, leg.config, leg.layout)
     if leg.restore is not None:
         checkpoint = Checkpoint(leg.restore)
@@ -212,31 +218,25 @@ def run_leg(mesh, leg: Leg) -> dict[str, Any]:
 
 
 def start_engine(
-    mesh,
+    mesh: Mesh,
     config: ModelConfig,
     layout: Layout,
     precision: Precision = Precision(),
     prepare: Callable[[HybridLM], None] = unchanged,
-):
-    from train.engine import Engine, Placement, ZeroOptions
-    from train.layout import check_layout
+    **more: Any,
+) -> Engine:
+    """more: for `Engine`."""
 
     check_layout(config, layout.sizes, sequence_length=LENGTH, zero_stage=layout.zero)
     model = HybridLM(config, precision, recompute=layout.recompute, mesh=mesh)
     initialise_model(model, seed=0)
     prepare(model)
-    options = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
-    where = Placement(offload_optimizer=layout.offload, overlap=layout.overlap or None)
-    return Engine(
-        model, model.table(), layout.optimizer, zero_stage=layout.zero, mesh=mesh, options=options, placement=where
-    )
+    settings = {"options": SMALL, "placement": layout.placement} | more
+    return Engine(model, model.table(), layout.optimizer, zero_stage=layout.zero, mesh=mesh, **settings)
 
 
-def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
+def logical(engine: Engine, parts) -> list[tuple[str, Any, int, Tensor]]:
     """Ranges of local tensors as fragments of logical ones."""
-    from model.weights.fragments import fragments_of
-    from train.checkpoint.capture import layouts
-
     placed = layouts(engine)
     return [
         (fragment.tensor, fragment.box, fragment.start, value[low - start : high - start].clone())
@@ -245,17 +245,15 @@ def logical(engine, parts) -> list[tuple[str, Any, int, Tensor]]:
     ]
 
 
-def owned_weights(engine) -> list[tuple[str, Any, int, Tensor]]:
+def owned_weights(engine: Engine) -> list[tuple[str, Any, int, Tensor]]:
     return logical(engine, ((o.name, o.start, o.stop, o.values["weight"]) for o in engine.owned()))
 
 
-def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
+def train_one(engine: Engine, layout: Layout, step: int, length: int = LENGTH) -> dict[str, Any]:
     """One step by the loop's own parts; its loss, norm and gradients before clipping."""
-    from train.health import Health, clip_coefficient
-    from train.loop import accumulate
 
     mesh, model = engine.mesh, engine.module
-    batch, share = global_batch(step), ROWS // mesh.data.size
+    batch, share = global_batch(step, length=length), ROWS // mesh.data.size
     mine = batch.part(slice(mesh.data.rank * share, (mesh.data.rank + 1) * share))
     micros = [mine.part(slice(start, start + layout.micro)) for start in range(0, share, layout.micro)]
     run = SimpleNamespace(
@@ -275,7 +273,7 @@ def train_one(engine, layout: Layout, step: int) -> dict[str, Any]:
 
 
 def train_layout(
-    mesh,
+    mesh: Mesh,
     config: ModelConfig,
     layout: Layout,
     steps: int,

@@ -1,12 +1,19 @@
-"""Real training runs as subprocesses, for tests: a tiny corpus, a tiny braid, `braid train` as a user starts it."""
+"""Real training runs for tests: a tiny corpus, a tiny braid, `braid train` as a user starts it, and what to compare it
+with."""
 
+import atexit
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +38,35 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
         ]
         (folder / f"{number:03d}.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@functools.cache
+def _prepared() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="braid-prepared-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_corpus(folder / "corpus")
+    braid("prepare", "tiny", cwd=folder)
+    return folder
+
+
+def prepare_tiny(folder: Path) -> Path:
+    """Makes `folder` one where `braid prepare tiny` has run."""
+    return shutil.copytree(_prepared(), folder, dirs_exist_ok=True)
+
+
+def train_here(folder: str, recipe: str, overrides: list[str]) -> int:
+    """On one rank: what `braid train` runs on each."""
+    from train.config import load_recipe
+    from train.loop import train
+
+    os.chdir(folder)
+    return train(load_recipe(ROOT / f"launch/recipes/{recipe}.toml", overrides))
+
+
+def trained(*overrides: str, cwd: Path, ranks: int = 1, recipe: str = "tiny") -> None:
+    """The same training as `braid train RECIPE OVERRIDES`, without the time that starting each rank takes: for runs
+    that a test only compares with."""
+    assert run_ranks(train_here, ranks, str(cwd), recipe, list(overrides), timeout_s=600) == [0] * ranks
 
 
 def braid(*arguments: str, cwd: Path, check: bool = True, cuda: bool = False) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tests.train.runs import braid, curve, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import braid, curve, kill_group, prepare_tiny, start, wait_for_step
 from tests.train.tiny import STEPS, reference, start_engine, train_steps
 
 pytestmark = pytest.mark.gpu
@@ -65,10 +65,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cuda")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("cuda"))
 
 
 def arguments(name: str, stage: int, device: str, dtype: str = "float32") -> list[str]:

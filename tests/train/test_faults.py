@@ -13,7 +13,7 @@ import pytest
 
 from model.weights.reader import Checkpoint
 from tests.ranks import run_ranks
-from tests.train.runs import ROOT, braid, curve, events, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import ROOT, braid, curve, events, kill_group, prepare_tiny, start, trained, wait_for_step
 
 STEPS = 18
 ROW = 64
@@ -22,10 +22,7 @@ PER_STEP = 8 * ROW
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("faults"))
 
 
 def settings(name: str, *overrides: str) -> list[str]:
@@ -42,8 +39,14 @@ def settings(name: str, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(workplace: Path) -> list[dict]:
     """The curve of an uninterrupted run on one rank."""
-    braid("train", "tiny", *settings("whole"), cwd=workplace)
+    trained(*settings("whole"), cwd=workplace)
     return curve(workplace / "runs" / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole_on_two(workplace: Path) -> list[dict]:
+    trained(*settings("whole-on-two"), cwd=workplace, ranks=2)
+    return curve(workplace / "runs" / "whole-on-two")
 
 
 def train_with(folder: str, overrides: list[str], fault: str, step: int) -> str:
@@ -123,18 +126,16 @@ def test_another_layout_at_every_resume(workplace: Path, whole: list[dict]) -> N
 
 
 @pytest.mark.parametrize("phase", ["start", "validation", "save"])
-def test_sigterm_to_one_rank_in_every_phase(workplace: Path, whole: list[dict], phase: str) -> None:
+def test_sigterm_to_one_rank_in_every_phase(workplace: Path, whole_on_two: list[dict], phase: str) -> None:
     """Fault 16: all ranks stop at the same step and save, whatever they were doing; the curve goes on unharmed."""
     name = f"signal-{phase}"
-    steady = settings(f"steady-{phase}")
-    assert run_ranks(train_with, 2, str(workplace), steady, "", 0) == ["exit 0"] * 2
     assert run_ranks(train_with, 2, str(workplace), settings(name), phase, 4) == ["exit 75"] * 2
     run = workplace / "runs" / name
     stopped = len(curve(run))
     assert stopped == {"start": 1, "validation": 5, "save": 6}[phase]
     assert (run / "checkpoints" / f"tokens-{stopped * PER_STEP:012d}" / "manifest.json").is_file()
     assert run_ranks(train_with, 2, str(workplace), settings(name), "", 0) == ["exit 0"] * 2
-    assert facts(curve(run)) == facts(curve(workplace / "runs" / f"steady-{phase}"))
+    assert facts(curve(run)) == facts(whole_on_two)
 
 
 @pytest.mark.parametrize("aside", ["true", "false"])
@@ -191,7 +192,7 @@ def test_a_hundred_kills(workplace: Path) -> None:
     bit for bit."""
     steps = 400
     often = [f"training.tokens={steps * PER_STEP}", f"checkpoints.every_tokens={PER_STEP}", "checkpoints.keep_last=2"]
-    braid("train", "tiny", *settings("untouched", *often), cwd=workplace)
+    trained(*settings("untouched", *often), cwd=workplace)
     command = ["train", "tiny", *settings("battered", *often)]
     run, draw = workplace / "runs" / "battered", random.Random(0)
     for _ in range(100):

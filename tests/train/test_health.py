@@ -50,7 +50,7 @@ def test_copies_count_once_and_padding_never(size, cut):
     for rank in range(size):
         local = {}
         for name, spec in TABLE.items():
-            layout = local_layout(spec, rank, size)
+            layout = local_layout(spec, Place(rank, size))
             flat = torch.full((math.prod(layout.shape),), 7.0)
             for piece in layout.pieces:
                 box = logical[name][tuple(slice(low, high) for low, high in piece.box)]

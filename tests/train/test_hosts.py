@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.train.hosts import Host, two_hosts, why_not_here
-from tests.train.runs import ROOT, braid, curve, events, write_corpus
+from tests.train.runs import ROOT, curve, events, prepare_tiny, trained
 from train.network import choose_interface, spans_hosts
 from train.stop import EXIT_STALLED, EXIT_STOPPED
 
@@ -24,16 +24,13 @@ STEPS, PER_STEP, PORT, TIMEOUT_S = 60, 8 * 64, 29501, 60
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason := why_not_here():
         pytest.skip(f"two hosts: {reason}")
-    folder = tmp_path_factory.mktemp("hosts")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")
 def alone(workplace: Path) -> list[tuple]:
     """What two ranks of one host record, never disturbed."""
-    braid("train", "tiny", "--nproc", "2", *settings("alone"), cwd=workplace)
+    trained(*settings("alone"), cwd=workplace, ranks=2)
     return facts(workplace, "alone")
 
 
@@ -128,7 +125,7 @@ def test_two_ranks_a_host_with_hpz(workplace: Path, hosts: tuple[Host, Host]) ->
     agents = [host.start(command, workplace, workplace / f"four-{host.name}.log") for host in hosts]
     assert [agent.wait(240) for agent in agents] == [0, 0], said(workplace, "four", "host-b")[-4000:]
     assert "ZeRO 3, weights twice in groups of 2" in said(workplace, "four", "host-a")
-    braid("train", "tiny", "--nproc", "4", *settings("four-alone"), cwd=workplace)
+    trained(*settings("four-alone"), cwd=workplace, ranks=4)
     assert facts(workplace, "four") == facts(workplace, "four-alone")
 
 

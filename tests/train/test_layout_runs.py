@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import braid, curve, events, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import braid, curve, events, kill_group, start, trained, wait_for_step, write_corpus
 
 STEPS = 10
 SAME, ONE = ["--nproc", "2"], ["--nproc", "1"]
@@ -22,7 +22,7 @@ def test_a_run_is_the_run_of_one_process(recipe: str, axis: str, again: list[str
     write_corpus(tmp_path / "corpus")
     braid("prepare", recipe, cwd=tmp_path)
     tokens = [f"training.tokens={STEPS * 8 * 64}", f"checkpoints.every_tokens={4 * 8 * 64}"]
-    braid("train", recipe, "name=alone", *tokens, cwd=tmp_path)
+    trained("name=alone", *tokens, cwd=tmp_path, recipe=recipe)
     spread = ["train", recipe, "name=spread", *tokens]
     process = start(*spread, *SAME, f"parallel.{axis}=2", cwd=tmp_path)
     run = tmp_path / "runs/spread"

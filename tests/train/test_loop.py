@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from tests.train.runs import ROOT, braid, curve, events, write_corpus
+from tests.train.runs import ROOT, braid, curve, events, prepare_tiny
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loop")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("loop"))
 
 
 def train_poisoned(folder: str, name: str, poisoned: list[int], overrides: list[str]) -> str:

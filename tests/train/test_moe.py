@@ -8,7 +8,7 @@ import torch
 
 from model.weights.reader import Checkpoint
 from tests.ranks import run_ranks
-from tests.train.runs import braid, curve, events, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import braid, curve, events, kill_group, prepare_tiny, start, trained, wait_for_step
 
 STEPS, PER_STEP = 8, 8 * 64
 LAYERS = (
@@ -19,16 +19,13 @@ LAYERS = (
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("moe")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("moe"))
 
 
-def arguments(name: str, *overrides: str, ranks: int = 1, stage: int = 0) -> list[str]:
+def settings(name: str, *overrides: str, stage: int = 0) -> list[str]:
     return [
-        *("train", "tiny", "--nproc", str(ranks), f"name={name}", f"parallel.zero_stage={stage}"),
-        *('model.pattern="ME"', LAYERS, "training.compute_dtype=float32", f"training.tokens={STEPS * PER_STEP}"),
+        *(f"name={name}", f"parallel.zero_stage={stage}", 'model.pattern="ME"', LAYERS),
+        *("training.compute_dtype=float32", f"training.tokens={STEPS * PER_STEP}"),
         *(f"checkpoints.every_tokens={3 * PER_STEP}", *overrides),
     ]
 
@@ -40,7 +37,7 @@ def bias(run: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def whole(workplace: Path) -> Path:
-    braid(*arguments("whole"), cwd=workplace)
+    trained(*settings("whole"), cwd=workplace)
     return workplace / "runs" / "whole"
 
 
@@ -60,7 +57,7 @@ def test_no_layout_changes_the_bias(workplace: Path, whole: Path, stage: int, ra
     """Counts are global: each rank's own would balance its own share of the batch."""
     name = f"stage-{stage}"
     micro = "training.micro_batch_rows=1" if stage == 3 else "training.micro_batch_rows=4"
-    braid(*arguments(name, micro, ranks=ranks, stage=stage), cwd=workplace)
+    trained(*settings(name, micro, stage=stage), cwd=workplace, ranks=ranks)
     run = workplace / "runs" / name
     assert torch.equal(bias(run), bias(whole))
     for ours, theirs in zip(curve(run), curve(whole), strict=True):
@@ -70,8 +67,9 @@ def test_no_layout_changes_the_bias(workplace: Path, whole: Path, stage: int, ra
 
 
 def test_a_killed_run_goes_on_with_its_bias(workplace: Path):
-    command = arguments("killed", "training.checkpoint_blocks=true", ranks=2, stage=3)
-    braid(*arguments("steady", "training.checkpoint_blocks=true", ranks=2, stage=3), cwd=workplace)
+    again = "training.checkpoint_blocks=true"
+    command = ["train", "tiny", "--nproc", "2", *settings("killed", again, stage=3)]
+    trained(*settings("steady", again, stage=3), cwd=workplace, ranks=2)
     run = workplace / "runs" / "killed"
     process = start(*command, cwd=workplace)
     wait_for_step(process, run, 4)
@@ -112,27 +110,23 @@ def train_poisoned(folder: str, overrides: list[str]) -> list[float]:
 
 def test_a_skipped_update_moves_no_bias(workplace: Path):
     """What was not applied must leave nothing behind."""
-    overrides = arguments("poisoned")[4:]
-    (seen,) = run_ranks(train_poisoned, 1, str(workplace), overrides)
+    (seen,) = run_ranks(train_poisoned, 1, str(workplace), settings("poisoned"))
     assert seen[1] == seen[2] != seen[3]
     assert [line["updated"] for line in curve(workplace / "runs" / "poisoned")][:4] == [True, True, False, True]
-
-
-def experts(name: str, *overrides: str, ranks: int) -> list[str]:
-    steps = (f"training.tokens={STEPS * PER_STEP}", f"checkpoints.every_tokens={4 * PER_STEP}")
-    return ["train", "tiny-moe-mamba", "--nproc", str(ranks), f"name={name}", *steps, *overrides]
 
 
 def test_experts_on_two_ranks_train_as_on_one_process(workplace: Path):
     """The recipe of MoE-Mamba, capacity counted over micro-batches of the same rows: the curve of one process, and a
     run goes on with its experts dealt otherwise."""
-    spread, run = ("parallel.expert=2", "parallel.zero_stage=2"), workplace / "runs" / "spread"
-    braid(*experts("together", ranks=1), cwd=workplace)
+    recipe, run = "tiny-moe-mamba", workplace / "runs" / "spread"
+    steps = (f"training.tokens={STEPS * PER_STEP}", f"checkpoints.every_tokens={4 * PER_STEP}")
+    trained("name=together", *steps, cwd=workplace, recipe=recipe)
     expected = curve(workplace / "runs" / "together")
-    braid(*experts("spread", *spread, ranks=2), cwd=workplace)
+    spread = ("parallel.expert=2", "parallel.zero_stage=2")
+    trained("name=spread", *steps, *spread, cwd=workplace, ranks=2, recipe=recipe)
     first = curve(run)
     shutil.rmtree(sorted((run / "checkpoints").glob("tokens-*"))[-1])  # as if killed after half of the steps
-    braid(*experts("spread", ranks=1), cwd=workplace)
+    trained("name=spread", *steps, cwd=workplace, recipe=recipe)
     assert [event["step"] for event in events(run, "resumed")] == [STEPS // 2]
     for ours, resumed, theirs in zip(first, curve(run), expected, strict=True):
         for line in (ours, resumed):

@@ -16,7 +16,7 @@ from model.layers.attention import AttentionConfig
 from model.layers.mamba2 import Mamba2Config
 from model.layers.mlp import MLPConfig
 from model.layers.moe import MoEConfig
-from model.params import Block, Normal, ParamSpec, Split, initialise, local_layout, split_evenly
+from model.params import WHOLE, Block, Normal, ParamSpec, Place, Split, initialise, local_layout, split_evenly
 from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint
 from model.weights.writer import write_rank_files
@@ -68,9 +68,9 @@ def gradient(name: str, step: int) -> Tensor:
     return torch.randn(TABLE[name].shape, generator=generator) * 3.0**step
 
 
-def local(logical: Tensor, spec: ParamSpec, place: tuple[int, ...]) -> Tensor:
+def local(logical: Tensor, spec: ParamSpec, place: Place) -> Tensor:
     """What a tensor rank holds of a logical tensor."""
-    layout = local_layout(spec, *place)
+    layout = local_layout(spec, place)
     flat = torch.zeros(math.prod(layout.shape))
     for piece in layout.pieces:
         box = logical[tuple(slice(*span) for span in piece.box)]
@@ -80,15 +80,15 @@ def local(logical: Tensor, spec: ParamSpec, place: tuple[int, ...]) -> Tensor:
 
 def step_table(
     config: MuonConfig | AdamWConfig = CONFIG,
-    place: tuple[int, ...] = (0, 1),
+    place: Place = WHOLE,
     steps: int = 4,
     **axes: Axis,
 ) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     """The parameters of the table as one rank holds them after some steps, and their optimizer."""
     parameters = {}
     for name, spec in TABLE.items():
-        parameter = torch.empty(local_layout(spec, *place).shape)
-        initialise(parameter, name, spec, 0, *place)
+        parameter = torch.empty(local_layout(spec, place).shape)
+        initialise(parameter, name, spec, 0, place)
         parameters[name] = nn.Parameter(parameter)
     groups = parameter_groups(parameters.items(), TABLE, config.weight_decay)
     optimizer = build_optimizer(config, groups, place=place, **axes)
@@ -265,7 +265,7 @@ def step_on_ranks(tensor_size: int, shard_size: int, few: bool) -> dict[str, Any
         return whole(x, *arguments)
 
     muon.orthogonalise = counting
-    place = (tensor, tensor_size)
+    place = Place(tensor, tensor_size)
     parameters, optimizer = step_table(
         place=place,
         tensor=Axis("tensor", tensor, tensor_size, (), tensors[shard]),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import braid, curve, events, kill_group, start, wait_for_step, write_corpus
+from tests.train.runs import braid, curve, events, kill_group, prepare_tiny, start, trained, wait_for_step
 
 STEPS = 24
 MUON = ('optimizer={kind = "muon", learning_rate = 3e-3}', "parallel.zero_stage=0")
@@ -14,18 +14,20 @@ MUON = ('optimizer={kind = "muon", learning_rate = 3e-3}', "parallel.zero_stage=
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two finished runs: `one` on one rank, `two` on two."""
-    folder = tmp_path_factory.mktemp("muon")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
+    folder = prepare_tiny(tmp_path_factory.mktemp("muon"))
     for name, ranks in (("one", 1), ("two", 2)):
-        braid(*arguments(name, ranks), cwd=folder)
+        trained(*settings(name), cwd=folder, ranks=ranks)
     return folder
 
 
+def settings(name: str) -> list[str]:
+    """Muon, saving every fifth step."""
+    return [f"name={name}", *MUON, f"training.tokens={STEPS * 8 * 64}", f"checkpoints.every_tokens={5 * 8 * 64}"]
+
+
 def arguments(name: str, ranks: int, *more: str) -> list[str]:
-    """`braid train` on the tiny recipe with Muon, saving every fifth step."""
-    tokens = (f"training.tokens={STEPS * 8 * 64}", f"checkpoints.every_tokens={5 * 8 * 64}")
-    return ["train", "tiny", "--nproc", str(ranks), f"name={name}", *MUON, *tokens, *more]
+    """`braid train` on the tiny recipe."""
+    return ["train", "tiny", "--nproc", str(ranks), *settings(name), *more]
 
 
 def facts(lines: list[dict]) -> list[tuple]:

@@ -11,22 +11,16 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.context import NoiseKey
-from model.hybrid import HybridLM, Precision, initialise_model
+from model.hybrid import Precision
 from tests.ranks import run_ranks
-from tests.train.layouts import OPTIMIZER, ROWS, Layout, braid, global_batch
-from tests.train.runs import braid as braid_command
-from tests.train.runs import events, write_corpus
+from tests.train.layouts import ROWS, SMALL, Layout, braid, start_engine, train_one
+from tests.train.runs import events, prepare_tiny, trained
 from train.config import Recipe
 from train.counter import SETTLED, count_traffic
-from train.engine import Engine, Placement, ZeroOptions
-from train.health import Health
+from train.engine import ZeroOptions
 from train.muon import MuonConfig
-from train.optim import OptimizerConfig
 from train.parallel import Mesh, open_mesh
 from train.traffic import Job, control_limit, step_traffic
-
-SMALL = ZeroOptions(reduce_bucket=500, gather_bucket=500, prefetch=400, persistent=0, sub_group=500)
 
 
 @dataclass(frozen=True)
@@ -34,16 +28,9 @@ class Case:
     model: ModelConfig
     layout: Layout
     options: ZeroOptions = SMALL
-    recompute: bool = False
     precision: Precision = field(default_factory=Precision)
     reduction: torch.dtype = torch.float32
     length: int = 25
-    hpz: int | None = None
-    optimizer: OptimizerConfig = OPTIMIZER
-
-    @property
-    def placement(self) -> Placement:
-        return Placement(self.layout.offload, self.hpz)
 
     def job(self, world: int) -> Job:
         return Job(
@@ -56,15 +43,14 @@ class Case:
             micro_batch_rows=self.layout.micro,
             precision=self.precision,
             reduction=self.reduction,
-            recompute=self.recompute,
+            recompute=self.layout.recompute,
             options=self.options,
-            placement=self.placement,
-            optimizer=self.optimizer,
+            placement=self.layout.placement,
+            optimizer=self.layout.optimizer,
         )
 
     def __str__(self) -> str:
-        again = " recomputed" if self.recompute else ""
-        return f"{self.model.pattern} {self.layout} live={self.options.live} keep={self.options.persistent}{again}"
+        return f"{self.model.pattern} {self.layout} live={self.options.live} keep={self.options.persistent}"
 
 
 def count_cases(cases: list[Case]) -> list[dict[str, Any]]:
@@ -74,27 +60,15 @@ def count_cases(cases: list[Case]) -> list[dict[str, Any]]:
 
 def count_case(mesh: Mesh, case: Case) -> dict[str, Any]:
     """What this rank sent in the last step, and how many rows its MoE layers had for each expert, call by call."""
-    model = HybridLM(case.model, case.precision, mesh=mesh, recompute=case.recompute)
-    initialise_model(model, seed=0)
-    stage = case.layout.zero
-    engine = Engine(
-        model,
-        model.table(),
-        case.optimizer,
-        zero_stage=stage,
-        mesh=mesh,
-        reduce_dtype=case.reduction,
-        options=case.options,
-        placement=case.placement,
-    )
-    health = Health(model.table(), mesh, max_skipped=1)
+    more = {"options": case.options, "reduce_dtype": case.reduction}
+    engine = start_engine(mesh, case.model, case.layout, case.precision, **more)
     rows: list[list[int]] = []
     send = mesh.at_experts
     mesh.at_experts = lambda x, counts, run: rows.append(counts.tolist()) or send(x, counts, run)
     for step in range(SETTLED):
         rows.clear()
         with count_traffic(mesh, engine.hpz) as sent:
-            train_step(mesh, engine, health, case, step)
+            train_one(engine, case.layout, step, case.length)
     engine.close()
     return {"bytes": sent.bytes, "rows": rows}
 
@@ -108,23 +82,8 @@ def crossing(case: Case, job: Job, ranks: list[dict[str, Any]], rank: int) -> di
         calls = torch.tensor(ranks[sender]["rows"]).view(-1, len(places), axis.size, 4 // axis.size).sum((0, 3))
         for place, to in zip(places, calls.tolist(), strict=True):
             away = sum(to) - to[axis.rank] if sender == rank else to[axis.rank]
-            found[place] += away / (1 + case.recompute)
+            found[place] += away / (1 + case.layout.recompute)
     return found
-
-
-def train_step(mesh: Mesh, engine: Engine, health: Health, case: Case, step: int) -> None:
-    share, micro = ROWS // mesh.data.size, case.layout.micro
-    batch = global_batch(step, length=case.length).part(slice(mesh.data.rank * share, (mesh.data.rank + 1) * share))
-    counts: dict[str, torch.Tensor] = {}
-    for start in range(0, share, micro):
-        rows = batch.part(slice(start, start + micro))
-        out = engine(rows.tokens, rows.starts, rows.targets, noise=NoiseKey(0, step, rows.samples))
-        engine.backward(out.nll.sum() + sum(out.losses.values()), last=start + micro >= share)
-        counts = {name: counts.get(name, 0) + value for name, value in out.counts.items()}
-    assert health.admit(health.norm(engine), step + 1)
-    engine.apply(OPTIMIZER.learning_rate)
-    counts = {name: mesh.tell(value.clone()) for name, value in counts.items()}
-    engine.add(engine.module.adjustments(counts))
 
 
 BFLOAT16 = Precision(torch.bfloat16, torch.float32)
@@ -138,7 +97,7 @@ CASES = {
         Case(braid("M-*S"), Layout(zero=2, micro=2)),
         Case(braid("M-*S", tie_embeddings=False), Layout(zero=3, micro=2)),
         Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=2000, prefetch=300)),
-        Case(braid("M-[M*]mE", groups=1, kv_heads=1), Layout(tensor=2, micro=4), precision=BFLOAT16, recompute=True),
+        Case(braid("M-[M*]mE", groups=1, kv_heads=1), Layout(tensor=2, micro=4, recompute=True), precision=BFLOAT16),
         Case(braid("M-*WmS"), Layout(context=2, micro=2)),
         *SAMBA,
         Case(braid("ME*S"), Layout(expert=2, zero=2, micro=2), precision=BFLOAT16),
@@ -152,23 +111,23 @@ CASES = {
 EXHAUSTIVE = {
     2: [
         Case(braid("M-*S"), Layout(zero=3), replace(SMALL, persistent=100)),
-        Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=1, prefetch=1), recompute=True),
-        Case(braid("M-*W-m"), Layout(zero=3), replace(SMALL, live=3000, prefetch=300), recompute=True),
+        Case(braid("M-*W-m"), Layout(zero=3, recompute=True), replace(SMALL, live=1, prefetch=1)),
+        Case(braid("M-*W-m"), Layout(zero=3, recompute=True), replace(SMALL, live=3000, prefetch=300)),
         Case(braid("M-*S"), Layout(zero=3, micro=2, offload=True)),
         Case(braid("M-*W-mE"), Layout(tensor=2)),
-        Case(braid("MmWE"), Layout(context=2, zero=3, micro=4), precision=BFLOAT16, recompute=True),
-        Case(braid("M-E"), Layout(micro=4), optimizer=MUON),
+        Case(braid("MmWE"), Layout(context=2, zero=3, micro=4, recompute=True), precision=BFLOAT16),
+        Case(braid("M-E"), Layout(micro=4, optimizer=MUON)),
         Case(braid("M-WE"), Layout(expert=2)),
-        Case(braid("M-E"), Layout(expert=2, zero=1, micro=2), recompute=True),
+        Case(braid("M-E"), Layout(expert=2, zero=1, micro=2, recompute=True)),
     ],
     4: [
-        Case(braid("M-*S"), Layout(zero=3), replace(SMALL, live=1, prefetch=1), recompute=True, hpz=2),
+        Case(braid("M-*S"), Layout(zero=3, recompute=True, hpz=2), replace(SMALL, live=1, prefetch=1)),
         Case(braid("M-m", groups=1), Layout(tensor=4, zero=2)),
         Case(braid("M*WmS", groups=1, kv_heads=1), Layout(context=2, tensor=2, zero=1, micro=4)),
         Case(braid("M*-W"), Layout(context=4), length=29),
         Case(braid("M-WE"), Layout(context=2, zero=2, micro=2)),
-        Case(braid("M-*", groups=1), Layout(tensor=2), optimizer=MUON),
-        Case(braid("ME"), Layout(expert=2, tensor=2), optimizer=MUON),
+        Case(braid("M-*", groups=1), Layout(tensor=2, optimizer=MUON)),
+        Case(braid("ME"), Layout(expert=2, tensor=2, optimizer=MUON)),
         Case(braid("M-E"), Layout(expert=4, zero=1)),
         Case(braid("M-E"), Layout(expert=2, tensor=2)),
     ],
@@ -207,10 +166,9 @@ def test_counted_is_computed_everywhere(world: int):
 
 def test_a_run_notes_what_it_sends(tmp_path: Path):
     """The report's table is of this event: the third step of a real run, and little talk beside its tensors."""
-    write_corpus(tmp_path / "corpus")
-    braid_command("prepare", "tiny", cwd=tmp_path)
+    prepare_tiny(tmp_path)
     overrides = ["parallel.zero_stage=2", "parallel.device=cpu", "training.tokens=2048"]
-    braid_command("train", "tiny", "name=run", "--nproc", "2", *overrides, cwd=tmp_path)
+    trained("name=run", *overrides, cwd=tmp_path, ranks=2)
     (event,) = events(tmp_path / "runs" / "run", "traffic")
     recipe = Recipe.from_json((tmp_path / "runs" / "run" / "recipe.json").read_text())
     job = Job.of(recipe, 2)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.ranks import free_port
-from tests.train.runs import ROOT, braid, curve, environment, write_corpus
+from tests.train.runs import ROOT, curve, environment, prepare_tiny
 from train.health import TrainingHealthError
 from train.stop import EXIT_STALLED
 from train.watch import RankLost, Watch
@@ -21,10 +21,7 @@ LONG = ("training.tokens=51200000", "checkpoints.every_tokens=none", "evaluation
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("watch")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    return folder
+    return prepare_tiny(tmp_path_factory.mktemp("watch"))
 
 
 def test_only_failed_collectives_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

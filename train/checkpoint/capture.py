@@ -34,7 +34,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def layouts(engine: Engine) -> dict[str, LocalLayout]:
     """Where each logical parameter lies in this rank's local tensor."""
     mesh = engine.mesh
-    return {name: local_layout(spec, *mesh.place) for name, spec in engine.table.items()}
+    return {name: local_layout(spec, mesh.place) for name, spec in engine.table.items()}
 
 
 def saved_shapes(engine: Engine) -> dict[TensorKey, tuple[int, ...]]:

@@ -89,8 +89,6 @@ def _row(name: str, peer: Any, peer_name: str, note: str) -> Row:
     return Row(
         name=name,
         measures="SSD op, forward and backward of two rows of 4,096 tokens, 64 heads of 64, state 128, bfloat16.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=ours,
         peer=peer,
         peer_name=peer_name,

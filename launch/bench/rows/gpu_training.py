@@ -207,67 +207,61 @@ NOTE = (
 )
 
 
-def _row(name: str, measures: str, ours: Any, peer: Any, peer_name: str, needs: tuple[str, ...], note: str) -> Row:
-    return Row(
-        name=name,
-        measures=measures,
-        unit="tokens/s",
-        higher_is_better=True,
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        needs=needs,
-        note=note,
+SHAPE = "Training step of mamba2-1.3b"
+HF_NOTE = f"{NOTE}; the peer takes mamba-ssm's kernels where they are installed"
+ROWS = (
+    Row(
+        name="gpu_train_mamba2",
+        measures=f"{SHAPE}, 8 rows of 4,096, optimizer included.",
+        ours=ours_mamba2,
+        peer=mamba_ssm,
+        peer_name="mamba-ssm MambaLMHeadModel",
+        needs=MAMBA_SSM,
+        note=NOTE,
         derive=derive,
         cuda=True,
-    )
-
-
-SHAPE = "Training step of mamba2-1.3b"
-ROWS = (
-    _row(
-        "gpu_train_mamba2",
-        f"{SHAPE}, 8 rows of 4,096, optimizer included.",
-        ours_mamba2,
-        mamba_ssm,
-        "mamba-ssm MambaLMHeadModel",
-        MAMBA_SSM,
-        NOTE,
     ),
-    _row(
-        "gpu_train_mamba2_32k",
-        f"{SHAPE}, 2 rows of 32,768, blocks recomputed, optimizer included.",
-        ours_mamba2_32k,
-        mamba_ssm_32k,
-        "mamba-ssm MambaLMHeadModel",
-        MAMBA_SSM,
-        f"{NOTE}; both recompute blocks",
+    Row(
+        name="gpu_train_mamba2_32k",
+        measures=f"{SHAPE}, 2 rows of 32,768, blocks recomputed, optimizer included.",
+        ours=ours_mamba2_32k,
+        peer=mamba_ssm_32k,
+        peer_name="mamba-ssm MambaLMHeadModel",
+        needs=MAMBA_SSM,
+        note=f"{NOTE}; both recompute blocks",
+        derive=derive,
+        cuda=True,
     ),
-    _row(
-        "gpu_train_mamba2_hf",
-        f"{SHAPE}, 8 rows of 4,096, optimizer included.",
-        ours_mamba2,
-        hf_mamba2,
-        "transformers Mamba2",
-        ("transformers",),
-        f"{NOTE}; the peer takes mamba-ssm's kernels where they are installed",
+    Row(
+        name="gpu_train_mamba2_hf",
+        measures=f"{SHAPE}, 8 rows of 4,096, optimizer included.",
+        ours=ours_mamba2,
+        peer=hf_mamba2,
+        peer_name="transformers Mamba2",
+        needs=("transformers",),
+        note=HF_NOTE,
+        derive=derive,
+        cuda=True,
     ),
-    _row(
-        "gpu_train_nemotron_h",
-        "Training step of (M-M-M-*-)x5 (width 2,048, 1.4B), 8 rows of 4,096, optimizer included.",
-        ours_nemotron_h,
-        hf_nemotron_h,
-        "transformers NemotronH",
-        ("transformers",),
-        f"{NOTE}; the peer takes mamba-ssm's kernels where they are installed",
+    Row(
+        name="gpu_train_nemotron_h",
+        measures="Training step of (M-M-M-*-)x5 (width 2,048, 1.4B), 8 rows of 4,096, optimizer included.",
+        ours=ours_nemotron_h,
+        peer=hf_nemotron_h,
+        peer_name="transformers NemotronH",
+        needs=("transformers",),
+        note=HF_NOTE,
+        derive=derive,
+        cuda=True,
     ),
-    _row(
-        "gpu_engine",
-        f"{SHAPE} through the engine at ZeRO 1, 8 rows of 4,096, beside a loop of plain torch.",
-        ours_mamba2,
-        plain,
-        "the same model in plain torch",
-        (),
-        "a ratio above 0.97: the engine and the loop cost less than 3%",
+    Row(
+        name="gpu_engine",
+        measures=f"{SHAPE} through the engine at ZeRO 1, 8 rows of 4,096, beside a loop of plain torch.",
+        ours=ours_mamba2,
+        peer=plain,
+        peer_name="the same model in plain torch",
+        note="a ratio above 0.97: the engine and the loop cost less than 3%",
+        derive=derive,
+        cuda=True,
     ),
 )

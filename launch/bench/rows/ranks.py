@@ -55,8 +55,6 @@ def _row(name: str, shared: str, ours: Measure, note: str) -> Row:
     return Row(
         name=name,
         measures=f"Training step of the quickstart recipe on two ranks that share {shared}.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=ours,
         peer=one_process,
         peer_name="one process, two threads",

@@ -215,22 +215,10 @@ def _llama() -> "nn.Module":
 SHAPE = "M-M-M-*-M-M-M-*- (width 512, 37.1M)"
 
 
-def _serving(name: str, measures: str, ours: Any, peer: Any, peer_name: str, note: str) -> Row:
-    return Row(
-        name=name,
-        measures=measures,
-        unit="tokens/s",
-        higher_is_better=True,
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        needs=("transformers",),
-        note=note,
-        warmup=1,
-    )
-
-
 WEIGHTS = "the peer in bfloat16 weights with SDPA, ours as `braid generate` loads it"
+LEVEL = "a ratio of 1: the speed does not depend on the context"
+SHORT = "ours after 2,048 tokens"
+TRANSFORMERS = ("transformers",)
 ROWS = (
     Row(
         name="memory_nemotron_h",
@@ -240,47 +228,51 @@ ROWS = (
         ours=memory_ours,
         peer=memory_peer,
         peer_name="transformers NemotronH",
-        needs=("transformers",),
+        needs=TRANSFORMERS,
         note="the peer and its AdamW in bfloat16, ours float32 weights, gradients and moments through DeepSpeed",
     ),
-    _serving(
-        "prefill_16k",
-        f"Reading a prompt of 16,384 tokens with {SHAPE} (--quick: 2,048).",
-        prefill_ours,
-        prefill_nemotron_h,
-        "transformers NemotronH",
-        WEIGHTS,
+    Row(
+        name="prefill_16k",
+        measures=f"Reading a prompt of 16,384 tokens with {SHAPE} (--quick: 2,048).",
+        ours=prefill_ours,
+        peer=prefill_nemotron_h,
+        peer_name="transformers NemotronH",
+        needs=TRANSFORMERS,
+        note=WEIGHTS,
     ),
-    _serving(
-        "prefill_16k_llama",
-        f"The same with {SHAPE} beside a Transformer of as many sublayers.",
-        prefill_ours,
-        prefill_llama,
-        "transformers Llama (GQA)",
-        WEIGHTS,
+    Row(
+        name="prefill_16k_llama",
+        measures=f"The same with {SHAPE} beside a Transformer of as many sublayers.",
+        ours=prefill_ours,
+        peer=prefill_llama,
+        peer_name="transformers Llama (GQA)",
+        needs=TRANSFORMERS,
+        note=WEIGHTS,
     ),
-    _serving(
-        "decode_16k",
-        f"Decoding one token at a time after 16,384 tokens with {SHAPE} (--quick: 2,048).",
-        decode_ours,
-        decode_nemotron_h,
-        "transformers NemotronH",
-        WEIGHTS,
+    Row(
+        name="decode_16k",
+        measures=f"Decoding one token at a time after 16,384 tokens with {SHAPE} (--quick: 2,048).",
+        ours=decode_ours,
+        peer=decode_nemotron_h,
+        peer_name="transformers NemotronH",
+        needs=TRANSFORMERS,
+        note=WEIGHTS,
     ),
-    _serving(
-        "decode_16k_llama",
-        f"The same with {SHAPE} beside a Transformer of as many sublayers.",
-        decode_ours,
-        decode_llama,
-        "transformers Llama (GQA)",
-        WEIGHTS,
+    Row(
+        name="decode_16k_llama",
+        measures=f"The same with {SHAPE} beside a Transformer of as many sublayers.",
+        ours=decode_ours,
+        peer=decode_llama,
+        peer_name="transformers Llama (GQA)",
+        needs=TRANSFORMERS,
+        note=WEIGHTS,
     ),
-    _serving(
-        "decode_samba",
-        "Decoding after 16,384 tokens with a Samba braid (window 1,024) beside the same after 2,048.",
-        decode_samba,
-        decode_samba_short,
-        "ours after 2,048 tokens",
-        "a ratio of 1: the speed does not depend on the context",
+    Row(
+        name="decode_samba",
+        measures="Decoding after 16,384 tokens with a Samba braid (window 1,024) beside the same after 2,048.",
+        ours=decode_samba,
+        peer=decode_samba_short,
+        peer_name=SHORT,
+        note=LEVEL,
     ),
 )

@@ -101,8 +101,6 @@ ROWS = (
     Row(
         name="ssd_4096",
         measures="SSD op, forward and backward of one row of 4,096 tokens, 16 heads of 64, state 128, bfloat16.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=ours,
         peer=peer,
         peer_name="mamba-ssm ssd_minimal",

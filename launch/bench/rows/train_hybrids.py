@@ -148,8 +148,6 @@ ROWS = (
     Row(
         name="train_nemotron_h",
         measures="Training step of M-M-M-*-M-M-M-*- (width 512, 37.1M) on rows of 1,024, optimizer included.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=train_nemotron_h,
         peer=peer_nemotron_h,
         peer_name="transformers NemotronH",
@@ -160,8 +158,6 @@ ROWS = (
     Row(
         name="train_mamba2",
         measures="Training step of sixteen Mamba-2 layers (width 512, 35.9M) on rows of 1,024, optimizer included.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=train_mamba2,
         peer=peer_mamba2,
         peer_name="transformers Mamba2",

@@ -100,8 +100,6 @@ ROWS = (
     Row(
         name="train_quickstart",
         measures="Training step of the quickstart recipe on random packed rows, optimizer and clipping included.",
-        unit="tokens/s",
-        higher_is_better=True,
         ours=ours,
         peer=peer,
         peer_name="transformers GraniteMoeHybrid",

@@ -10,7 +10,7 @@ from model.context import Context, Documents
 from model.hybrid import HybridLM, parameter_count
 from model.layers.base import Dims
 from model.layers.mamba import Mamba, MambaConfig
-from model.params import initialise, local_layout
+from model.params import Place, initialise, local_layout
 from tests.model.ops.support import largest
 
 # (layers, d_model, millions): state-spaces/mamba README sizes, counts by the paper's tensors, vocabulary 50,280, tied.
@@ -103,7 +103,7 @@ def test_channels_split_over_tensor_ranks(size: int):
     for rank in range(size):
         part = {}
         for name, spec in config.table(Dims(16, 2)).items():
-            layout, value = local_layout(spec, rank, size), whole.get_parameter(name)
+            layout, value = local_layout(spec, Place(rank, size)), whole.get_parameter(name)
             boxes = [value[tuple(slice(*span) for span in piece.box)].flatten() for piece in layout.pieces]
             part[name] = torch.cat(boxes).view(layout.shape)
         parts.append(part)

@@ -9,7 +9,7 @@ from model.context import Context, Documents
 from model.layers.base import Dims
 from model.layers.mamba2 import Mamba2, Mamba2Config
 from model.ops.norm import rms_norm_reference
-from model.params import count_parameters, local_layout
+from model.params import Place, count_parameters, local_layout
 from tests.contracts.examples import tokens_and_starts
 
 DIMS = Dims(16, 1)
@@ -73,11 +73,11 @@ def test_blocks_beside_an_mlp():
         ("C", 12),
         ("dt", 4),
     ]
-    local = [(p.block, p.box[0][1] - p.box[0][0]) for p in local_layout(spec, 1, 2).pieces]
+    local = [(p.block, p.box[0][1] - p.box[0][0]) for p in local_layout(spec, Place(1, 2)).pieces]
     assert local == [("z0", 8), ("x0", 8), ("z", 8), ("x", 8), ("B", 6), ("C", 6), ("dt", 2)]
     assert (
-        local_layout(table["out_proj.weight"], 1, 2).shape
-        == local_layout(table["mlp_out.weight"], 1, 2).shape
+        local_layout(table["out_proj.weight"], Place(1, 2)).shape
+        == local_layout(table["mlp_out.weight"], Place(1, 2)).shape
         == (16, 8)
     )
     whole = count_parameters(Mamba2Config(head_dim=4, d_state=6, n_groups=2).table(DIMS))

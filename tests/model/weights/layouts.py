@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.params import Block, Constant, LocalLayout, ParamSpec, Split, local_layout
+from model.params import Block, Constant, LocalLayout, ParamSpec, Place, Split, local_layout
 from model.weights.fragments import Fragment, fragments_of
 from model.weights.manifest import FileRecord, Manifest
 from model.weights.writer import MAX_FILE_BYTES, write_rank_files
@@ -83,7 +83,7 @@ def write_random(
     items: dict[int, list[tuple[Fragment, Tensor]]] = {rank: [] for rank in range(tensor_size * data_size)}
     for sample in samples:
         for tensor_rank in range(tensor_size):
-            layout = local_layout(sample.spec, tensor_rank, tensor_size)
+            layout = local_layout(sample.spec, Place(tensor_rank, tensor_size))
             local = local_tensor(sample.values, layout).flatten()
             for data_rank, (start, stop) in enumerate(random_cuts(generator, local.numel(), data_size)):
                 for fragment, low, high in fragments_of(sample.name, "weight", layout, start, stop):

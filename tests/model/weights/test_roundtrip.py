@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model.params import box_shape, local_layout
+from model.params import Place, box_shape, local_layout
 from model.weights.fragments import boxes_of_range, flat_index, fragments_of, whole_layout
 from model.weights.manifest import Manifest
 from model.weights.reader import Checkpoint, _readable
@@ -25,7 +25,7 @@ def test_any_layout_is_read_into_any_other(tmp_path: Path, seed: int) -> None:
     for sample in samples:
         size = generator.randint(1, 5)
         for rank in range(size):
-            layout = local_layout(sample.spec, rank, size)
+            layout = local_layout(sample.spec, Place(rank, size))
             wanted = local_tensor(sample.values, layout).flatten()
             wanted[sum(piece.numel for piece in layout.pieces) :] = 0
             for start, stop in random_cuts(generator, wanted.numel(), 3):

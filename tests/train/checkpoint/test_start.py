@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.hybrid import HybridLM, initialise_model
 from model.weights.reader import Checkpoint
 from tests.ranks import run_ranks
-from tests.train.runs import braid, curve, events, write_corpus
+from tests.train.runs import braid, curve, events, prepare_tiny, trained
 from train.checkpoint.start import StartConfig, plan, start_from
 from train.config import load_recipe
 from train.engine import Engine
@@ -20,10 +20,8 @@ from train.engine import Engine
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    write_corpus(folder / "corpus")
-    braid("prepare", "tiny", cwd=folder)
-    braid("train", "tiny", "training.tokens=4096", cwd=folder)
+    folder = prepare_tiny(tmp_path_factory.mktemp("start"))
+    trained("training.tokens=4096", cwd=folder)
     return folder
 
 
@@ -126,7 +124,7 @@ def test_a_run_starts_from_another_and_resumes_itself(workplace: Path):
     assert last[0]["loss"] < first[3]["loss"], "it did not start from trained weights"
     (event,) = events(run, "started")
     assert event["new"] == [] and event["taken"] == 20
-    braid("train", "tiny", *start, "training.tokens=2560", cwd=workplace)
+    trained(*start, "training.tokens=2560", cwd=workplace)
     assert len(events(run, "started")) == 1 and len(events(run, "resumed")) == 1
     for wrong, said in (("start.checkpoint=nowhere", "holds no checkpoint"), ("start.unused=['x']", "nothing matches")):
         done = braid("train", "tiny", *start, "name=wrong", wrong, cwd=workplace, check=False)
