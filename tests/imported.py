@@ -2,12 +2,15 @@
 
 import gc
 import os
+from importlib import import_module
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import deepspeed  # noqa: F401
+import torch
 
-import train.run  # noqa: F401
+from train.engine import import_deepspeed
 
+import_deepspeed(torch.device("cpu"))
+for late in ("train.loop", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    import_module(late)  # what a step, torch's optimizers and DeepSpeed's engine would import in every rank
 gc.freeze()  # no rank need look through all of that whenever it collects

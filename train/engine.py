@@ -114,16 +114,19 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for `device`, quiet.
 
     No compiled op of DeepSpeed is used, so none is offered: otherwise its first process group probes every op and
-    builds a shared-memory collective with g++, which takes half a minute and can hang on a stale lock.
+    builds a shared-memory collective with g++, which takes half a minute and can hang on a stale lock. Nor is its own
+    Muon, whose functions are compiled where they are defined: that would import Inductor into every rank.
     """
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import compiler
     from deepspeed.utils import logger
 
     assert get_accelerator().device_name() == device.type, "deepspeed was imported before, for another device"
     deepspeed.ops.__compatible_ops__ = {}
+    compiler.compile = lambda: compiler.dummy_decorator
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
     return deepspeed

@@ -111,8 +111,7 @@ def work(cases: list[Case], legs: list[Leg]) -> dict:
         trained = []
         for case in cases:
             mesh = Mesh(world.device, case.layout.sizes)
-            record = train_layout(mesh, case.config, case.layout, case.steps, case.precision, case.prepare)
-            trained.append([record[0], record[-1]])
+            trained.append(train_layout(mesh, case.config, case.layout, case.steps, case.precision, case.prepare))
         exchanged = exchange(Mesh(world.device, Sizes(expert=2))) if world.size == 2 else None
         passed = [run_leg(Mesh(world.device, leg.layout.sizes), leg) for leg in legs]
         return {"trained": trained, "exchanged": exchanged, "passed": passed, "left": left_in_deepspeed()}

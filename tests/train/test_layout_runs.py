@@ -7,30 +7,29 @@ import pytest
 from tests.train.runs import braid, curve, events, kill_group, start, trained, wait_for_step, write_corpus
 
 STEPS = 10
-SAME, ONE = ["--nproc", "2"], ["--nproc", "1"]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "axis", "again"),
+    ("recipe", "axis", "ranks"),
     [
-        pytest.param("tiny-samba", "context", SAME, id="context ranks, resumed"),
-        pytest.param("tiny-moe-mamba", "tensor", ONE, id="tensor ranks, resumed by one process"),
+        pytest.param("tiny-samba", "context", 2, id="context ranks, resumed"),
+        pytest.param("tiny-moe-mamba", "tensor", 1, id="tensor ranks, resumed by one process"),
     ],
 )
-def test_a_run_is_the_run_of_one_process(recipe: str, axis: str, again: list[str], tmp_path: Path) -> None:
+def test_a_run_is_the_run_of_one_process(recipe: str, axis: str, ranks: int, tmp_path: Path) -> None:
     """Losses, norms, the experts' loads and validation, although the ranks were killed on the way."""
     write_corpus(tmp_path / "corpus")
     braid("prepare", recipe, cwd=tmp_path)
     tokens = [f"training.tokens={STEPS * 8 * 64}", f"checkpoints.every_tokens={4 * 8 * 64}"]
     trained("name=alone", *tokens, cwd=tmp_path, recipe=recipe)
-    spread = ["train", recipe, "name=spread", *tokens]
-    process = start(*spread, *SAME, f"parallel.{axis}=2", cwd=tmp_path)
+    spread = ["name=spread", *tokens]
+    process = start("train", recipe, "--nproc", "2", *spread, f"parallel.{axis}=2", cwd=tmp_path)
     run = tmp_path / "runs/spread"
     wait_for_step(process, run, 5)
     kill_group(process)
     assert any((run / "checkpoints").glob("tokens-*"))
     assert len(curve(run)) < STEPS, "the kill came too late to test anything"
-    braid(*spread, *again, *([f"parallel.{axis}=2"] if again is SAME else []), cwd=tmp_path)
+    trained(*spread, f"parallel.{axis}={ranks}", cwd=tmp_path, ranks=ranks, recipe=recipe)
     alone = tmp_path / "runs/alone"
     assert len(curve(run)) == len(curve(alone)) == STEPS
     for one, two in zip(curve(alone), curve(run), strict=True):

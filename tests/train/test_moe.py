@@ -8,7 +8,7 @@ import torch
 
 from model.weights.reader import Checkpoint
 from tests.ranks import run_ranks
-from tests.train.runs import braid, curve, events, kill_group, prepare_tiny, start, trained, wait_for_step
+from tests.train.runs import curve, events, kill_group, prepare_tiny, start, trained, wait_for_step
 
 STEPS, PER_STEP = 8, 8 * 64
 LAYERS = (
@@ -68,13 +68,12 @@ def test_no_layout_changes_the_bias(workplace: Path, whole: Path, stage: int, ra
 
 def test_a_killed_run_goes_on_with_its_bias(workplace: Path):
     again = "training.checkpoint_blocks=true"
-    command = ["train", "tiny", "--nproc", "2", *settings("killed", again, stage=3)]
     trained(*settings("steady", again, stage=3), cwd=workplace, ranks=2)
     run = workplace / "runs" / "killed"
-    process = start(*command, cwd=workplace)
+    process = start("train", "tiny", "--nproc", "2", *settings("killed", again, stage=3), cwd=workplace)
     wait_for_step(process, run, 4)
     kill_group(process)
-    braid(*command, cwd=workplace)
+    trained(*settings("killed", again, stage=3), cwd=workplace, ranks=2)
     steady = workplace / "runs" / "steady"
     for ours, theirs in zip(curve(run), curve(steady), strict=True):
         assert all(ours[key] == theirs[key] for key in ("loss", "grad_norm", "balance", "layers.1.expert_load"))
