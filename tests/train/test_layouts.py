@@ -144,14 +144,9 @@ def test_checkpoints_between_layouts(world: int, tmp_path):
         for (config, _), at, to in zip(cases, apart, alone, strict=True)
     ]
     back = [Leg(*case, half, half, restore=at, start=case[1].tensor > 1) for case, at in zip(cases, alone, strict=True)]
+    moved = {True: Layout(zero=2, micro=2), False: Layout(tensor=2, zero=1, micro=4)}  # by: has it tensor ranks?
     other = [
-        Leg(
-            config,
-            Layout(zero=2, micro=2) if layout.tensor > 1 else Layout(tensor=2, zero=1, micro=4),
-            half,
-            STEPS,
-            restore=at,
-        )
+        Leg(config, moved[layout.tensor > 1], half, STEPS, restore=at)
         for (config, layout), at in zip(cases, apart, strict=True)
     ]
     before = run_ranks(run_legs, world, first, timeout_s=600)

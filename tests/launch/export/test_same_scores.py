@@ -23,8 +23,9 @@ def answers(lm: Any, tasks: tuple[str, ...]) -> dict[tuple[str, int], list[Any]]
 
     from eval.benchmarks import Probes
 
+    manager = Probes(include_defaults=False)
     found = lm_eval.simple_evaluate(
-        lm, tasks=list(tasks), task_manager=Probes(), limit=LIMIT, bootstrap_iters=0, verbosity="ERROR"
+        lm, tasks=list(tasks), task_manager=manager, limit=LIMIT, bootstrap_iters=0, verbosity="ERROR"
     )
     return {(name, item["doc_id"]): item["resps"] for name in tasks for item in found["samples"][name]}
 
