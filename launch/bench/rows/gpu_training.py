@@ -156,23 +156,12 @@ def build_mamba_ssm(recipe: "Recipe") -> "nn.Module":
 
 
 def build_hf_mamba2(recipe: "Recipe") -> "nn.Module":
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers import Mamba2ForCausalLM
 
-    model = recipe.model
-    layer: Any = model.layers["M"]
-    config = Mamba2Config(
-        vocab_size=model.vocab_size,
-        hidden_size=model.d_model,
-        num_hidden_layers=len(model.stacked),
-        num_heads=layer.n_heads(model.d_model),
-        head_dim=layer.head_dim,
-        state_size=layer.d_state,
-        n_groups=layer.n_groups,
-        expand=2,
-        chunk_size=layer.chunk,
-        tie_word_embeddings=model.tie_embeddings,
-    )
-    return _on_the_gpu(lambda: Mamba2ForCausalLM(config))
+    from launch.bench.rows.train_hybrids import hf_mamba2_config
+
+    layer: Any = recipe.model.layers["M"]
+    return _on_the_gpu(lambda: Mamba2ForCausalLM(hf_mamba2_config(recipe.model, layer.chunk)))
 
 
 def build_hf_nemotron_h(recipe: "Recipe") -> "nn.Module":

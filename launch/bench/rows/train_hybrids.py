@@ -14,6 +14,7 @@ from launch.bench.row import Reading, Row, Side
 if TYPE_CHECKING:
     from torch import nn
 
+    from model.config import ModelConfig
     from train.config import Recipe
 
 STEPS, QUICK_STEPS = 2, 1
@@ -87,14 +88,19 @@ def hf_nemotron_h(recipe: "Recipe") -> "nn.Module":
 
 
 def hf_mamba2(recipe: "Recipe") -> "nn.Module":
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers import Mamba2ForCausalLM
+
+    return _with_our_weights(Mamba2ForCausalLM, hf_mamba2_config(recipe.model, PEER_CHUNK), recipe)
+
+
+def hf_mamba2_config(model: "ModelConfig", chunk: int) -> Any:
+    from transformers import Mamba2Config
 
     from model.layers.mamba2 import Mamba2Config as OurConfig
 
-    model = recipe.model
     layer = model.layers["M"]
     assert isinstance(layer, OurConfig)
-    config = Mamba2Config(
+    return Mamba2Config(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         num_hidden_layers=len(model.stacked),
@@ -104,11 +110,10 @@ def hf_mamba2(recipe: "Recipe") -> "nn.Module":
         n_groups=layer.n_groups,
         conv_kernel=layer.d_conv,
         expand=round(layer.expand),
-        chunk_size=PEER_CHUNK,
+        chunk_size=chunk,
         layer_norm_epsilon=model.norm_eps,
-        tie_word_embeddings=False,
+        tie_word_embeddings=model.tie_embeddings,
     )
-    return _with_our_weights(Mamba2ForCausalLM, config, recipe)
 
 
 def _with_our_weights(kind: Any, config: Any, recipe: "Recipe") -> "nn.Module":
