@@ -60,6 +60,8 @@ def choose_teams(
         return first, Team(1, Sizes(), ALONE)
     second = Team((1 if first.ranks > 1 else 2) if others is None else others, sizes)
     _check("--other-nproc", second, loaded, given=others is not None)
+    if second == first:
+        raise ValueError(f"--other-nproc: got {others}, as many ranks as before; wants another number")
     return first, second
 
 

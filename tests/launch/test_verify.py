@@ -111,6 +111,8 @@ def test_mistakes_are_one_line(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert "only --resume" in refused(capsys, "verify", "tiny", "training.tokens=3")[1]
     assert "--steps" in refused(capsys, "verify", "--resume", "tiny", "--steps", "2")[1]
     assert "--nproc: got 0, wants a positive" in refused(capsys, "verify", "--resume", "tiny", "--nproc", "0")[1]
+    same = ("--nproc", "2", "--other-nproc", "2")
+    assert "--other-nproc: got 2, as many ranks" in refused(capsys, "verify", "--resume", "tiny", *same)[1]
     assert "keep_last" in refused(capsys, "checkpoint", "prune", "tiny", "--keep-last", "0")[1]
     assert "--ema" in refused(capsys, "checkpoint", "average", "tiny", "--ema", "2")[1]
 
