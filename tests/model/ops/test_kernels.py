@@ -27,13 +27,15 @@ def check(name: str, marker: str, cache: Path, *, peers: bool, interpreted: bool
     assert " passed" in done.stdout
 
 
-speeds = pytest.mark.parametrize(
-    "marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["fast", "slow"]
-)
+FAST = [pytest.param(name, "not slow", id=f"{name}-fast") for name in ("parity", "scan", "conv", "rows")]
+SLOW = [pytest.param(name, "slow", id=f"{name}-slow", marks=pytest.mark.slow) for name in ("parity", "scan", "conv")]
+COMPILED = [
+    pytest.param("compile", "not slow", id="compile-fast"),
+    pytest.param("compile", "slow", id="compile-slow", marks=pytest.mark.slow),
+]
 
 
-@speeds
-@pytest.mark.parametrize("name", ["parity", "scan", "conv", "rows", "compile"])
+@pytest.mark.parametrize(("name", "marker"), [*FAST, *SLOW, *COMPILED])
 def test_without_a_gpu(name: str, marker: str, tmp_path: Path):
     """parity: breaks when our SSD or scan and mamba-ssm's code are no longer the same map. scan, conv, rows: when a
     kernel of ours is wrong. compile: when a GPU's compiler would refuse one."""
@@ -44,8 +46,7 @@ def test_without_a_gpu(name: str, marker: str, tmp_path: Path):
 
 
 @pytest.mark.gpu
-@speeds
-@pytest.mark.parametrize("name", ["parity", "scan", "conv", "rows"])
+@pytest.mark.parametrize(("name", "marker"), [*FAST, *SLOW])
 def test_on_this_gpu(name: str, marker: str, tmp_path: Path):
     """Breaks when a compiled kernel differs from the interpreted one; with the machine's own Triton and mamba-ssm."""
     check(name, marker, tmp_path, peers=False, interpreted=False)
