@@ -65,7 +65,7 @@ def train_here(folder: str, recipe: str, overrides: list[str]) -> int:
 
 def trained(*overrides: str, cwd: Path, ranks: int = 1, recipe: str = "tiny") -> None:
     """The same training as `braid train RECIPE OVERRIDES`, without the time that starting each rank takes: for runs
-    that a test only compares with."""
+    whose start from the command line is not what a test is about."""
     assert run_ranks(train_here, ranks, str(cwd), recipe, list(overrides), timeout_s=600) == [0] * ranks
 
 
