@@ -44,6 +44,9 @@ T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 CONTROL = "control"
 """What ranks tell each other about a step beside its tensors: counts, losses, digests, mistakes, that one stops."""
+APART = ("context", "tensor", "expert")
+"""Axes whose process group is no other's, even where the same ranks are: a layer that waits for its neighbours must not
+queue behind the gradients that travel meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Mesh:
         axes = axis_ranks(self.rank, self.size, sizes)
         groups = _make_groups(self.size, sizes, backend, timeout)
         self.data, self.context, self.tensor, self.shard, self.expert, self.replica = (
-            Axis(name, ranks.index(self.rank), len(ranks), ranks, groups.get(ranks)) for name, ranks in axes.items()
+            Axis(name, ranks.index(self.rank), len(ranks), ranks, groups.get((name in APART, ranks)))
+            for name, ranks in axes.items()
         )
         self.place = Place(self.tensor.rank, self.tensor.size, self.expert.rank, self.expert.size)
         self.context_rank, self.context_size = self.context.rank, self.context.size
@@ -257,16 +261,19 @@ def axis_ranks(rank: int, world: int, sizes: Sizes) -> dict[str, tuple[int, ...]
 
 def _make_groups(
     world: int, sizes: Sizes, backend: str | None, timeout: timedelta | None
-) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-    """A process group for each set of ranks that is an axis of some rank: all ranks make all of them, in one order, as
-    torch wants it. A rank alone needs none, but where DeepSpeed asks for ZeRO's and the experts'."""
+) -> dict[tuple[bool, tuple[int, ...]], dist.ProcessGroup | None]:
+    """By whether it is apart and its ranks, a process group for each set of ranks that is an axis of some rank: all
+    ranks make all of them, in one order, as torch wants it. A rank alone needs none, but where DeepSpeed asks for
+    ZeRO's and the experts'."""
     axes = [axis_ranks(rank, world, sizes) for rank in range(world)]
     asked = ("shard", "replica")
-    wanted = dict.fromkeys(ranks for own in axes for name, ranks in own.items() if len(ranks) > 1 or name in asked)
-    whole = tuple(range(world))
+    wanted = dict.fromkeys(
+        (name in APART, ranks) for own in axes for name, ranks in own.items() if len(ranks) > 1 or name in asked
+    )
+    whole = (False, tuple(range(world)))
     return {
-        ranks: dist.group.WORLD if ranks == whole else dist.new_group(list(ranks), timeout=timeout, backend=backend)
-        for ranks in wanted
+        key: dist.group.WORLD if key == whole else dist.new_group(list(key[1]), timeout=timeout, backend=backend)
+        for key in wanted
     }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from train.parallel import choose_device, open_mesh
@@ -37,6 +38,23 @@ def act_on_the_first_rank() -> tuple:
 def test_what_the_first_rank_refuses_all_refuse():
     """A rank that does not hear of it waits for the others until the timeout."""
     assert run_ranks(act_on_the_first_rank, 2) == [("by rank 0", "refused by rank 0"), (None, "refused by rank 0")]
+
+
+def neighbours_and_holders() -> list[bool]:
+    from train.parallel import Mesh, Sizes, open_mesh
+
+    with open_mesh("cpu", timeout_s=60) as world:
+        meshes = [Mesh(world.device, sizes) for sizes in (Sizes(context=2), Sizes(tensor=2), Sizes(expert=2))]
+        states = [{mesh.shard.group, mesh.data.group, mesh.replica.group, dist.group.WORLD} for mesh in meshes]
+        return [
+            not {mesh.context.group, mesh.tensor.group, mesh.expert.group} & (held - {None})
+            for mesh, held in zip(meshes, states, strict=True)
+        ]
+
+
+def test_layers_do_not_queue_behind_gradients():
+    """On a GPU the messages of one process group run one after the other: a layer would wait for ZeRO's buckets."""
+    assert run_ranks(neighbours_and_holders, 2) == [[True] * 3] * 2
 
 
 def join_as_slurm_task() -> tuple[int, int, list]:
