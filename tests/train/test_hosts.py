@@ -48,6 +48,7 @@ def settings(name: str, *more: str) -> list[str]:
         "parallel.zero_stage=3",
         "training.compute_dtype=float32",
         f"checkpoints.every_tokens={4 * PER_STEP}",
+        "checkpoints.aside=false",  # saved before the next step, whatever the disk does
         *more,
     ]
 
