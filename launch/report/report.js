@@ -42,7 +42,7 @@ const trimmed = (text) => (text.includes(".") && !text.includes("e") ? text.repl
 
 function exact(chart, value) {
   if (!isNumber(value)) return "no number";
-  if (chart.percent) return (100 * value).toFixed(1) + "%";
+  if (chart.percent) return (100 * value).toPrecision(3) + "%";
   if (chart.series === "learning_rate") return value.toExponential(3);
   return value >= 1000 ? Math.round(value).toLocaleString("en") : value.toFixed(4);
 }
@@ -206,7 +206,7 @@ function axes(chart, root, range, values, right, bottom, toY) {
   for (const tick of chart.log ? logTicks(...values) : linearTicks(...values, 5)) {
     svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: toY(tick), y2: toY(tick) }, root);
     const label = svg("text", { x: MARGIN.left - 7, y: toY(tick) + 4, "text-anchor": "end" }, root);
-    label.textContent = chart.percent ? trimmed((100 * tick).toFixed(1)) + "%" : short(tick);
+    label.textContent = chart.percent ? short(100 * tick) + "%" : short(tick);
   }
   const places = Math.max(2, Math.floor((right - MARGIN.left) / 75));
   for (const tick of linearTicks(...range, places)) {
