@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any, get_args, get_type_hints
 
 from model.layers.base import Dims, require
@@ -59,7 +60,7 @@ class ModelConfig:
             require(letter in parallel, f"branch_gates.{letter}", gate, "a letter that stands in brackets")
             require(math.isfinite(gate), f"branch_gates.{letter}", gate, "a finite number")
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[str, ...]:
         """The stack as one string a block: a letter, or the letters of parallel branches."""
         own = {letter for letter, layer in self.layers.items() if layer.residual == "own"}

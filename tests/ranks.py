@@ -84,6 +84,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
                 message = pipe.recv_bytes()
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
+            # Any value may come, from a process that this one has started: nothing foreign is opened.
             kind, value = torch.load(io.BytesIO(message), weights_only=False)
             assert kind == "result", f"rank {rank} failed:\n{value}"
             results[rank] = value

@@ -236,8 +236,8 @@ class Muon(torch.optim.Optimizer):
     """Muon over the matrices of `groups`, AdamW over the rest.
 
     groups: of `train/optim.py: parameter_groups`. shard: the ranks that hold the same matrices, which share the work.
-    tensor: the ranks that hold parts of one matrix, at `place`. Every rank must call `step`,
-    with a gradient for every matrix.
+    tensor: the ranks that hold parts of one matrix, at `place`. Every rank must call `step`, with a gradient for every
+    matrix.
     """
 
     def __init__(
