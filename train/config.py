@@ -93,14 +93,14 @@ class ParallelConfig:
     device: "cuda", "cpu", or "auto" for cuda where there is one. tensor: ranks that share the weights of each layer.
     context: ranks that share the tokens of each row. expert: data-parallel ranks that share the experts of MoE layers.
     All other ranks are data-parallel: world = data x context x tensor. zero_stage: 0 replicates everything, 1 shards
-    optimizer states, 2 also gradients, 3 also weights. offload_optimizer: master weights, moments and summed gradients
-    lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one host, that keep
-    a second copy of the weights among themselves, so that of the gathers of a step only the first leaves the group
-    (ZeRO 3); none for no such copy. overlap: sum gradients over ranks while the backward pass goes on (ZeRO 1-3), none
-    for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a rank without progress for
-    so many seconds (a micro-batch is progress) writes down its stacks and exits with 74. interface: network interface
-    between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or that NCCL chooses. buckets:
-    sizes of DeepSpeed's buffers, in elements.
+    optimizer states, 2 also gradients, 3 also weights; see `in_force`. offload_optimizer: master weights, moments and
+    summed gradients lie in host memory and are stepped there (ZeRO 1-3). hpz_ranks: ranks of a group, best those of one
+    host, that keep a second copy of the weights among themselves, so that of the gathers of a step only the first
+    leaves the group (ZeRO 3); none for no such copy. overlap: sum gradients over ranks while the backward pass goes on
+    (ZeRO 1-3), none for where there is CUDA. timeout_s: longest wait for another rank, in seconds. stall_s: a rank
+    without progress for so many seconds (a micro-batch is progress) writes down its stacks and exits with 74.
+    interface: network interface between hosts ("eth0"), none for the one that leads to the host of rank 0 (gloo) or
+    that NCCL chooses. buckets: sizes of DeepSpeed's buffers, in elements.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -135,6 +135,13 @@ class ParallelConfig:
     @property
     def placement(self) -> Placement:
         return Placement(self.offload_optimizer, self.hpz_ranks, self.overlap)
+
+    def in_force(self, ranks: int) -> tuple[int, Placement]:
+        """The ZeRO stage and placement where so many ranks share states: a rank that is alone keeps everything, as ZeRO
+        0 does, without the copies that the other stages make of weights and gradients; but not in host memory."""
+        if ranks == 1 and not self.offload_optimizer:
+            return 0, Placement()
+        return self.zero_stage, self.placement
 
 
 def _related(one: str, other: str) -> bool:

@@ -213,15 +213,16 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             recipe.model, recipe.training.precision, recompute=recipe.training.checkpoint_blocks, mesh=mesh
         )
         initialise_model(model, recipe.seed)
+        stage, placement = recipe.parallel.in_force(mesh.shard.size)
         engine = Engine(
             model,
             model.table(),
             recipe.optimizer,
-            zero_stage=recipe.parallel.zero_stage,
+            zero_stage=stage,
             mesh=mesh,
             reduce_dtype=recipe.training.reduction,
             options=recipe.parallel.buckets,
-            placement=recipe.parallel.placement,
+            placement=placement,
         )
         stack.callback(engine.close)
         store = Store(
@@ -340,10 +341,10 @@ def _announce(run: Run, checkpoint: Checkpoint | None) -> None:
         return
     shape = f" ({run.mesh.shape})" if run.mesh.shape else ""
     million = parameter_count(recipe.model) / 1e6
+    stage, placement = recipe.parallel.in_force(run.mesh.shard.size)
     metrics.say(f"{recipe.name}: {million:.1f}M parameters, {recipe.model.stack}")
     metrics.say(
-        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {recipe.parallel.zero_stage}"
-        f"{recipe.parallel.placement.words(run.mesh.shard.size)}, "
+        f"{run.mesh.size} x {run.mesh.device.type}{shape}, ZeRO {stage}{placement.words(run.mesh.shard.size)}, "
         f"{recipe.training.compute_dtype} over float32 parameters, {torch.get_num_threads()} threads a rank"
     )
     if run.mesh.tensor.size > 1:

@@ -77,14 +77,16 @@ def opened(recipe: Recipe, mesh: Mesh, rows: PackedRows) -> Iterator[Run]:
     request(training.backends)
     model = HybridLM(recipe.model, training.precision, recompute=training.checkpoint_blocks, mesh=mesh)
     initialise_model(model, recipe.seed)
+    stage, placement = recipe.parallel.in_force(mesh.shard.size)
     engine = Engine(
         model,
         model.table(),
         recipe.optimizer,
-        zero_stage=recipe.parallel.zero_stage,
+        zero_stage=stage,
         mesh=mesh,
         reduce_dtype=training.reduction,
         options=recipe.parallel.buckets,
+        placement=placement,
     )
     health = Health(model.table(), mesh, max_skipped=1)
     try:

@@ -56,11 +56,19 @@ def linear_cross_entropy(
     part: weight and vocab_size are of this rank's part of the vocabulary, hidden and targets the same on all ranks.
     Each returns the loss over the whole vocabulary, and the gradient of hidden is a part of a sum over ranks.
 
-    Returns (B, T) float32 (float64 for a float64 dtype), 0 where ignored. The backward computes the logits again,
-    chunk by chunk of tokens, so that any gradient per token is exact.
+    Returns (B, T) float32 (float64 for a float64 dtype), 0 where ignored. Any gradient per token is exact: the backward
+    computes the logits again, chunk by chunk of tokens. On a CPU, where that costs more than memory does, the forward
+    takes the gradients of the sum while it has the logits; a backward that weighs all tokens alike scales those.
     """
     assert 0 < vocab_size <= weight.shape[0], f"vocab_size {vocab_size} for a weight of {weight.shape[0]} rows"
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype or hidden.dtype, z_loss, part)
+    ahead = (
+        hidden.device.type == "cpu"
+        and part is None
+        and torch.is_grad_enabled()
+        and hidden.requires_grad
+        and weight.requires_grad
+    )
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype or hidden.dtype, z_loss, part, ahead)
 
 
 def linear_cross_entropy_reference(
@@ -77,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # The parameter itself is saved, as F.linear does: under ZeRO-3 it is gathered again before backward.
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part):
+    def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part, ahead: bool):
         wide = wide_dtype(dtype)
         h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         t, away = _local_targets(targets.flatten(), vocab_size, part)
@@ -85,6 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
         w = _multiplied(weight, vocab_size, fast).to(dtype)
+        gradients = _Gradients(hidden, weight, h, w, wide) if ahead else None
         for rows, raw, logits in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
@@ -96,6 +105,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total = exp2_(logits.sub_(top).mul_(LOG2_E)).sum(-1, keepdim=True)
                 lse[rows] = total.log_().add_(top).squeeze(1)
             nll[rows] = aimed
+            if gradients is not None:
+                valid = (t[rows] != IGNORE).to(wide)
+                share = valid * (1 + 2 * z_loss * lse[rows])
+                _slope(fast, raw, logits, vocab_size, lse[rows], share, valid, t[rows])
+                gradients.add(rows, raw)
         if part is not None and away is not None:
             lse = part.gather(lse).logsumexp(0)
             nll = part.gather(nll.masked_fill_(away, 0)).sum(0)
@@ -104,6 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll.addcmul_(lse, lse, value=z_loss)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.vocab_size, ctx.dtype, ctx.z_loss, ctx.fast, ctx.part = vocab_size, dtype, z_loss, fast, part
+        ctx.of_sum = None if gradients is None else (gradients.dh, gradients.dw)
         return nll.view(targets.shape).masked_fill_(targets == IGNORE, 0)
 
     @staticmethod
@@ -111,29 +126,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_nll):
         hidden, weight, targets, lse = ctx.saved_tensors
         dtype, vocab_size, wide, fast = ctx.dtype, ctx.vocab_size, lse.dtype, ctx.fast
+        t = targets.flatten().contiguous()  # targets may be one column of wider rows
+        g = d_nll.flatten().to(wide)
+        of_sum, ctx.of_sum = ctx.of_sum, None
+        if of_sum is not None and (factor := _common(g[t != IGNORE])) is not None:
+            dh, dw = of_sum
+            return dh.mul_(factor), dw.mul_(factor).to(weight.dtype), *[None] * 6
         h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         w = _multiplied(weight, vocab_size, fast).to(dtype)
-        t = targets.flatten().contiguous()  # targets may be one column of wider rows
-        g = d_nll.flatten().to(wide).masked_fill(t == IGNORE, 0)
+        g = g.masked_fill(t == IGNORE, 0)
         share = g * (1 + 2 * ctx.z_loss * lse)  # of the softmax; the target's own term keeps g
         t, away = _local_targets(t, vocab_size, ctx.part)
         if away is not None:
             g = g.masked_fill(away, 0)
-        dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
-        dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
-        part = torch.empty_like(w)
+        gradients = _Gradients(hidden, weight, h, w, wide)
         for rows, raw, d in _chunks(len(t), w, wide, fast):
             torch.mm(h[rows], w.t(), out=raw)
-            if fast is not None:
-                fast.softmax_slope(raw, vocab_size, lse[rows], share[rows], g[rows], t[rows])
-            else:
-                assert d is not None
-                exp2_(d.copy_(raw).sub_(lse[rows, None]).mul_(LOG2_E)).mul_(share[rows, None])
-                d.scatter_add_(1, t[rows].clamp(min=0)[:, None], -g[rows, None])
-                raw.copy_(d)
-            dh.view(-1, dh.shape[-1])[rows] = raw @ w
-            dw[: len(w)] += torch.mm(raw.t(), h[rows], out=part)
-        return dh, dw.to(weight.dtype), None, None, None, None, None
+            _slope(fast, raw, d, vocab_size, lse[rows], share[rows], g[rows], t[rows])
+            gradients.add(rows, raw)
+        return gradients.dh, gradients.dw.to(weight.dtype), *[None] * 6
+
+
+class _Gradients:
+    """Sums over chunks of tokens: dh like hidden, dw like the weight but in `wide`. h, w: the matmuls' operands."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, h: Tensor, w: Tensor, wide: torch.dtype) -> None:
+        self.h, self.w = h, w
+        self.dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
+        self.dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
+        self.product = torch.empty_like(w)
+        # Adding a narrower dtype, torch would widen it into fresh memory on a CPU, which takes longer than the sum.
+        widened = h.device.type == "cpu" and w.dtype != wide
+        self.addend = torch.empty_like(w, dtype=wide) if widened else self.product
+
+    def add(self, rows: slice, d: Tensor) -> None:
+        """d: the gradient of these rows' logits, (n, V) in the operands' dtype."""
+        self.dh.view(-1, self.dh.shape[-1])[rows] = d @ self.w
+        torch.mm(d.t(), self.h[rows], out=self.product)
+        if self.addend is not self.product:
+            self.addend.copy_(self.product)
+        self.dw[: len(self.w)] += self.addend
+
+
+def _slope(
+    fast: "Softmax | None",
+    raw: Tensor,
+    room: Tensor | None,
+    V: int,
+    lse: Tensor,
+    share: Tensor,
+    own: Tensor,
+    target: Tensor,
+) -> None:
+    """The logits `raw` become share softmax(logits), less `own` at the target. room: as large, float32, unless fast."""
+    if fast is not None:
+        fast.softmax_slope(raw, V, lse, share, own, target)
+        return
+    assert room is not None
+    exp2_(room.copy_(raw).sub_(lse[:, None]).mul_(LOG2_E)).mul_(share[:, None])
+    room.scatter_add_(1, target.clamp(min=0)[:, None], -own[:, None])
+    raw.copy_(room)
+
+
+def _common(values: Tensor) -> Tensor | None:
+    """The one value that all of them have, 0 of none; None where they differ."""
+    if len(values) == 0:
+        return values.new_zeros(())
+    return values[0] if bool((values == values[0]).all()) else None
 
 
 def _local_targets(t: Tensor, vocab_size: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor | None]:

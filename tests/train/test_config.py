@@ -12,6 +12,7 @@ from launch.recipes import FOLDER, shipped
 from model.hybrid import parameter_count
 from train import config
 from train.config import ConfigError, Recipe, load_recipe
+from train.engine import Placement
 from train.muon import MuonConfig
 from train.optim import AdamWConfig
 from train.schedule import WSD, Cosine
@@ -71,6 +72,15 @@ def test_derived_numbers():
     assert training.precision.compute is torch.bfloat16
     assert training.precision.residual is training.reduction is torch.float32
     assert load_recipe(TINY, ["training.checkpoint_blocks=-M"]).training.checkpoint_blocks == "-M"
+
+
+def test_a_rank_alone_has_nobody_to_share_with():
+    """It would copy weights and gradients for nothing; where states lie in host memory, that is still wanted."""
+    parallel = load_recipe(TINY, ["parallel.zero_stage=3", "parallel.hpz_ranks=2", "parallel.overlap=true"]).parallel
+    assert parallel.in_force(1) == (0, Placement())
+    assert parallel.in_force(4) == (3, Placement(hpz_ranks=2, overlap=True))
+    offloaded = load_recipe(TINY, ["parallel.zero_stage=2", "parallel.offload_optimizer=true"]).parallel
+    assert offloaded.in_force(1) == (2, Placement(offload_optimizer=True))
 
 
 @pytest.mark.parametrize(

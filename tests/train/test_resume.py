@@ -1,6 +1,6 @@
 """A run survives a kill, and its curve depends on neither the ZeRO stage nor the number of ranks.
 
-One uninterrupted run and one killed and resumed run for each ZeRO stage on one rank and on two. What is killed and
+One uninterrupted run and one killed and resumed run on one rank, and for each ZeRO stage on two. What is killed and
 resumed is `braid train` itself.
 """
 
@@ -27,8 +27,9 @@ from tests.train.runs import (
 )
 
 STEPS = 24
-LAYOUTS = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
-USUAL = {(0, 1), (1, 2), (2, 1), (3, 2)}
+ALONE = (1, 1)
+LAYOUTS = [ALONE, *((stage, 2) for stage in (0, 1, 2, 3))]
+USUAL = {ALONE, (1, 2), (3, 2)}
 layouts = pytest.mark.parametrize(
     ("stage", "ranks"),
     [layout if layout in USUAL else pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS],
@@ -97,7 +98,7 @@ def test_kill_and_rerun_equals_an_uninterrupted_run(
 def test_losses_do_not_depend_on_stage_or_ranks(uninterrupted: dict) -> None:
     """The same global batch in every layout, and float32 losses within 1e-5. Documents end where they like, so the two
     ranks hold unequal numbers of valid tokens (see the next test but one)."""
-    reference = uninterrupted[0, 1]
+    reference = uninterrupted[ALONE]
     for layout in LAYOUTS:
         lines = uninterrupted[layout]
         assert [line["batch_hash"] for line in lines] == [line["batch_hash"] for line in reference]
@@ -107,7 +108,7 @@ def test_losses_do_not_depend_on_stage_or_ranks(uninterrupted: dict) -> None:
 
 
 def test_the_loss_falls(uninterrupted: dict) -> None:
-    losses = [line["loss"] for line in uninterrupted[0, 1]]
+    losses = [line["loss"] for line in uninterrupted[ALONE]]
     assert losses[-1] < losses[0] - 0.5
 
 

@@ -245,7 +245,7 @@ ROWS = (
     ),
     Row(
         name="gpu_engine",
-        measures=f"{SHAPE} through the engine at ZeRO 1, 8 rows of 4,096, beside a loop of plain torch.",
+        measures=f"{SHAPE} through the engine, 8 rows of 4,096, beside a loop of plain torch.",
         ours=ours_mamba2,
         peer=plain,
         peer_name="the same model in plain torch",

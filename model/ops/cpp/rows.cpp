@@ -1,12 +1,10 @@
 // Loops over rows that plain torch takes in several passes.
 
-#include <vector>
-
-#include "numbers.h"
+#include "tiles.h"
 
 // ---- causal convolution: x, y (B, T, C); taps (k, C) by distance; index (B, T) of documents or null ----
 
-static const long TILE = 64, TAPS = 16, SUM_SPAN = 256;
+static const long TILE = 64, TAPS = 16;
 
 static inline long reach_of(const int32_t *index, long t, long k) {  // taps that t may read, itself included
     long reach = std::min(k, t + 1);
@@ -54,62 +52,90 @@ static void conv_forward(const T *x, long xb, long xt, const float *taps, const 
         }
 }
 
+// One tile of n channels. ends (B, S): how many of the tokens t .. t+k-1 read t. TAPS_KNOWN: k, or 0 for any.
+template <class T, long TAPS_KNOWN>
+static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, const float *bias, const uint8_t *ends,
+                               const T *dy, long dyb, long dyt, T *dx, float *dtaps, float *dbias, long B, long S, long C,
+                               long taps_given, long n, int activate) {
+    static const long VECTORS = TILE / LANES, MOST = TAPS_KNOWN ? TAPS_KNOWN : TAPS;
+    static const long SPAN = 32;  // tokens that each vector of the tile goes through before the next span
+    const long k = TAPS_KNOWN ? TAPS_KNOWN : taps_given;
+    Lanes total[VECTORS][MOST + 1] = {}, inputs[VECTORS][MOST], slopes[VECTORS][MOST];
+    for (long b = 0; b < B; b++) {
+        const uint8_t *end = ends + b * S;
+        std::memset(inputs, 0, sizeof inputs);
+        std::memset(slopes, 0, sizeof slopes);
+        for (long first = 0; first < S + k - 1; first += SPAN)
+            for (long v = 0; v * LANES < n; v++) {
+                const long c0 = v * LANES, width = n - c0;
+                const T *row = x + b * xb + c0, *slope = dy + b * dyb + c0;
+                T *out = dx + b * S * C + c0;
+                Lanes tap[MOST], past[MOST], dh[MOST], sum[MOST + 1] = {};  // past[d], dh[d]: of token t-d
+                for (long d = 0; d < k; d++) {
+                    tap[d] = some_lanes(taps + d * C + c0, width);
+                    past[d] = inputs[v][d];
+                    dh[d] = slopes[v][d];
+                }
+                const Lanes shift = bias ? some_lanes(bias + c0, width) : Lanes{};
+                for (long t = first; t < std::min(first + SPAN, S + k - 1); t++) {
+                    for (long d = k - 1; d > 0; d--) {
+                        past[d] = past[d - 1];
+                        dh[d] = dh[d - 1];
+                    }
+                    if (t < S) {
+                        __builtin_prefetch(row + (t + SPAN) * xt);
+                        __builtin_prefetch(slope + (t + SPAN) * dyt);
+                        __builtin_prefetch(out + (t + SPAN) * C, 1);
+                        if (t > 0 && end[t - 1] == 1)  // a document begins
+                            for (long d = 1; d < k; d++) past[d] = Lanes{};
+                        past[0] = some_lanes(row + t * xt, width);
+                        dh[0] = some_lanes(slope + t * dyt, width);
+                        if (activate) {
+                            Lanes h = shift;
+                            for (long d = 0; d < k; d++) h += tap[d] * past[d];
+                            dh[0] *= silu_slope(h);
+                        }
+                        for (long d = 0; d < k; d++) sum[d] += dh[0] * past[d];
+                        sum[k] += dh[0];
+                    }
+                    if (const long done = t - (k - 1); done >= 0) {  // no later token reads it
+                        Lanes value{};
+                        if (end[done] == k)
+                            for (long d = 0; d < k; d++) value += tap[d] * dh[k - 1 - d];
+                        else
+                            for (long d = 0; d < end[done]; d++) value += tap[d] * dh[k - 1 - d];
+                        keep_some(out + done * C, value, width);
+                    }
+                }
+                for (long d = 0; d < k; d++) {
+                    inputs[v][d] = past[d];
+                    slopes[v][d] = dh[d];
+                }
+                for (long d = 0; d <= k; d++) total[v][d] += sum[d];
+            }
+    }
+    for (long v = 0; v * LANES < n; v++) {
+        for (long d = 0; d < k; d++) keep_some(dtaps + d * C + v * LANES, total[v][d], n - v * LANES);
+        if (dbias) keep_some(dbias + v * LANES, total[v][k], n - v * LANES);
+    }
+}
+
 template <class T>
 static void conv_backward(const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index,
                           const T *dy, long dyb, long dyt, T *dx, float *dtaps, float *dbias, long B, long S, long C,
                           long k, int activate) {
-    const long tiles = (C + TILE - 1) / TILE;
-#pragma omp parallel for schedule(static)
-    for (long tile = 0; tile < tiles; tile++) {
-        const long c0 = tile * TILE, n = std::min(TILE, C - c0);
-        float total[TAPS + 1][TILE] = {}, part[TAPS + 1][TILE], open[TAPS][TILE], h[TILE], dh[TILE];
-        for (long b = 0; b < B; b++) {
-            for (long t = 0; t < S + k - 1; t++) {
-                if (t < S) {
-                    if (t % SUM_SPAN == 0) std::memset(part, 0, sizeof part);
-                    const T *row = x + b * xb + t * xt + c0, *slope = dy + b * dyb + t * dyt + c0;
-                    long reach = reach_of(index ? index + b * S : nullptr, t, k);
-                    if (activate) {
-                        convolve(row, xt, taps + c0, bias ? bias + c0 : nullptr, C, reach, n, h);
-#pragma omp simd
-                        for (long c = 0; c < n; c++) dh[c] = wide(slope[c]) * silu_slope(h[c]);
-                    } else {
-#pragma omp simd
-                        for (long c = 0; c < n; c++) dh[c] = wide(slope[c]);
-                    }
-                    float *fresh = open[t % k];
-#pragma omp simd
-                    for (long c = 0; c < n; c++) {
-                        fresh[c] = taps[c0 + c] * dh[c];
-                        part[0][c] += dh[c] * wide(row[c]);
-                        part[k][c] += dh[c];
-                    }
-                    for (long d = 1; d < reach; d++) {
-                        float *earlier = open[(t - d) % k], *sum = part[d];
-                        const float *tap = taps + d * C + c0;
-                        const T *before = row - d * xt;
-#pragma omp simd
-                        for (long c = 0; c < n; c++) {
-                            earlier[c] += tap[c] * dh[c];
-                            sum[c] += dh[c] * wide(before[c]);
-                        }
-                    }
-                    if (t % SUM_SPAN == SUM_SPAN - 1 || t == S - 1)
-                        for (long d = 0; d <= k; d++)
-                            for (long c = 0; c < n; c++) total[d][c] += part[d][c];
-                }
-                long done = t - (k - 1);  // no later token reads it
-                if (done >= 0 && done < S) {
-                    T *out = dx + (b * S + done) * C + c0;
-                    const float *value = open[done % k];
-#pragma omp simd
-                    for (long c = 0; c < n; c++) put(out[c], value[c]);
-                }
-            }
+    std::vector<uint8_t> ends(B * S);
+    for (long b = 0; b < B; b++)
+        for (long t = 0; t < S; t++) {
+            long d = 1;
+            while (d < std::min(k, S - t) && (!index || index[b * S + t + d] == index[b * S + t])) d++;
+            ends[b * S + t] = d;
         }
-        for (long d = 0; d < k; d++) std::memcpy(dtaps + d * C + c0, total[d], n * sizeof(float));
-        if (dbias) std::memcpy(dbias + c0, total[k], n * sizeof(float));
-    }
+    const auto tile_of = k == 4 ? conv_backward_tile<T, 4> : conv_backward_tile<T, 0>;
+#pragma omp parallel for schedule(static)
+    for (long c = 0; c < C; c += TILE)
+        tile_of(x + c, xb, xt, taps + c, bias ? bias + c : nullptr, ends.data(), dy + c, dyb, dyt, dx + c, dtaps + c,
+                dbias ? dbias + c : nullptr, B, S, C, k, std::min(TILE, C - c), activate);
 }
 
 // ---- RMS norm of n rows of D in G groups, plain or gated by silu(z), before or after the norm ----

@@ -84,6 +84,11 @@ static inline Lanes exp2_(Lanes x) {  // as of one number
     return exp2_of_fraction(x - (shifted - magic)) * (Lanes)(((Words)shifted << 23) + (127u << 23));
 }
 
+static inline Lanes silu_slope(Lanes x) {
+    const Lanes s = 1.f / (1.f + exp2_(-x * LOG2_E));
+    return s * (1.f + x * (1.f - s));
+}
+
 static inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 static inline float largest_of(Lanes v) {

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model.ops import head
+from model.ops.blockwise import wide_dtype
 from model.ops.head import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 from tests.model.ops.support import Largest, assert_same, leaf, outputs_and_gradients
 
@@ -32,6 +35,53 @@ def test_equals_cross_entropy(targets, z_loss):
     want = outputs_and_gradients(lambda: [linear_cross_entropy_reference(*leaves, targets, V, z_loss)], leaves)
     got = outputs_and_gradients(lambda: [linear_cross_entropy(*leaves, targets, vocab_size=V, z_loss=z_loss)], leaves)
     assert_same(got, want, 1e-10)
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts them."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("even", [True, False])
+def test_gradients_taken_ahead(targets, dtype, even):
+    """Where all tokens weigh alike the backward has nothing left to multiply; where they do not, and in a second
+    backward, it computes the logits again. All are right."""
+    weights = torch.full((B, T), 0.375) if even else torch.linspace(0.1, 2, B * T).view(B, T)
+    weights[targets == IGNORE] = 5.0  # whatever those are weighed by
+    hidden, weight = leaf(B, T, D, dtype=dtype), leaf(PADDED, D, dtype=wide_dtype(dtype))
+    nll = linear_cross_entropy(hidden, weight, targets, vocab_size=V, z_loss=0.1)
+    exact = [v.detach().double().requires_grad_() for v in (hidden, weight)]
+    reference = linear_cross_entropy_reference(*exact, targets, V, 0.1)
+    want = torch.autograd.grad((reference * weights).sum(), exact)
+    for again in (False, True):
+        with Matmuls() as counted:
+            got = torch.autograd.grad((nll * weights).sum(), [hidden, weight], retain_graph=True)
+        assert (counted.n == 0) == (even and not again)
+        assert [v.dtype for v in got] == [hidden.dtype, weight.dtype]
+        assert_same([v.double() for v in got], want, {torch.bfloat16: 2e-2, torch.float32: 1e-5}.get(dtype, 1e-10))
+
+
+def test_gradients_are_taken_ahead_for_training_alone():
+    """An evaluation, and a head of which one side is frozen, would pay for what nobody asks."""
+    hidden, weight = leaf(B, T, D), leaf(PADDED, D)
+    targets = torch.zeros(B, T, dtype=torch.int64)
+    chunks = -(-B * T // 16)
+
+    def matmuls(hidden: Tensor, weight: Tensor) -> int:
+        with Matmuls() as counted:
+            linear_cross_entropy(hidden, weight, targets, vocab_size=V)
+        return counted.n
+
+    assert matmuls(hidden, weight) == 3 * chunks
+    assert matmuls(hidden, weight.detach()) == matmuls(hidden.detach(), weight) == chunks
+    with torch.no_grad():
+        assert matmuls(hidden, weight) == chunks
 
 
 def test_reference_equals_torch(targets):
