@@ -38,7 +38,7 @@ from model.layers.base import (
     require,
 )
 from model.ops.conv import causal_conv
-from model.ops.mamba2 import conv_scan_norm, is_one_kernel
+from model.ops.mamba2 import conv_scan_norm, one_kernel
 from model.ops.norm import Spread, gated_rms_norm, spread_gated_rms_norm, swiglu
 from model.ops.ssd import ssd
 from model.ops.ssd_summary import ssd_summary
@@ -222,8 +222,8 @@ class Mamba2(nn.Module):
         alone = ctx.documents.single and state is None and not ctx.spread
         documents = None if alone else ctx.documents.index
         projected = self.in_proj(u)
-        if self._is_one_kernel(projected, documents is not None, ctx.spread or state is not None or ctx.carry):
-            return LayerOutput(self.out_proj(self._conv_scan_norm(projected, documents)))
+        if kernel := self._one_kernel(projected, documents, ctx.spread or state is not None or ctx.carry):
+            return LayerOutput(self.out_proj(self._conv_scan_norm(projected, documents, kernel)))
         *beside, z, xBC, dt = projected.split(self.sizes, dim=-1)
         xBC, conv = causal_conv(
             xBC,
@@ -262,11 +262,12 @@ class Mamba2(nn.Module):
             y = y + self.mlp_out(swiglu(*beside))
         return LayerOutput(y, Mamba2State(conv, ssm) if ctx.carry else None)
 
-    def _is_one_kernel(self, projected: Tensor, documents: bool, state: bool) -> bool:
+    def _one_kernel(self, projected: Tensor, documents: Tensor | None, state: bool) -> str | None:
         channels, taps = self.conv_weight.shape
-        return is_one_kernel(
+        return one_kernel(
             projected,
-            documents=documents,
+            documents=documents is not None,
+            norm=self.norm_weight is not None,
             state=state,
             mlp=self.mlp_out is not None,
             shared=self.group_of is not None or self.norm_group_of is not None,
@@ -275,7 +276,7 @@ class Mamba2(nn.Module):
             channels=channels,
         )
 
-    def _conv_scan_norm(self, projected: Tensor, documents: Tensor | None) -> Tensor:
+    def _conv_scan_norm(self, projected: Tensor, documents: Tensor | None, kernel: str) -> Tensor:
         return conv_scan_norm(
             projected,
             self.conv_weight,
@@ -291,6 +292,7 @@ class Mamba2(nn.Module):
             chunk=self.config.chunk,
             dt_limit=self.config.dt_limit,
             norm_before_gate=self.config.norm_before_gate,
+            backend=kernel,
         )
 
     def _gate(self, y: Tensor, z: Tensor, ctx: Context) -> Tensor:

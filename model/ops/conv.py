@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import rows_at_once, wide_dtype
-from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows
+from model.ops.native import NATIVE_DTYPES, native_ready, run_native, with_rows, with_strides
 
 _ALL = frozenset({"documents", "state", "documents with state"})
 declare(
@@ -206,25 +206,43 @@ class _NativeConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, documents, silu: bool):
-        y = torch.empty(x.shape, dtype=x.dtype)
         ctx.save_for_backward(x, weight, bias, documents)
         ctx.silu = silu
-        (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
-        run_native("conv_forward", x.dtype, x, *x.stride()[:2], taps, vector, index, y, *sizes, int(silu))
-        return y
+        return native_conv(x, weight, bias, documents, silu=silu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, documents = ctx.saved_tensors
-        (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
-        dy = with_rows(dy)
-        dx, d_taps = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(taps)
-        d_bias = None if vector is None else torch.empty_like(vector)
-        rows = (x, *x.stride()[:2], taps, vector, index, dy, *dy.stride()[:2])
-        run_native("conv_backward", x.dtype, *rows, dx, d_taps, d_bias, *sizes, int(ctx.silu))
-        d_weight = d_taps.flip(0).t().to(weight.dtype)
-        return dx, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        return dx, *native_conv_backward(x, weight, bias, documents, dy, dx, silu=ctx.silu), None, None
+
+
+def native_conv(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, *, silu: bool) -> Tensor:
+    """`causal_conv` without a state, by the loops of `cpp/rows.cpp` and outside autograd."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
+    run_native("conv_forward", x.dtype, x, *x.stride()[:2], taps, vector, index, y, *sizes, int(silu))
+    return y
+
+
+def native_conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    *,
+    silu: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Fills dx, of which the channels of a token lie side by side; returns the gradients of weight and bias."""
+    (x, taps, vector, index), sizes = _native_arguments(x, weight, bias, documents)
+    d_taps, d_bias = torch.empty_like(taps), None if vector is None else torch.empty_like(vector)
+    rows = (*with_strides(x), taps, vector, index, *with_strides(with_rows(dy)), *with_strides(dx))
+    run_native("conv_backward", x.dtype, *rows, d_taps, d_bias, *sizes, int(silu))
+    d_weight = d_taps.flip(0).t().to(weight.dtype)
+    return d_weight, None if bias is None or d_bias is None else d_bias.to(bias.dtype)
 
 
 def _native_arguments(x, weight, bias, documents) -> tuple[tuple, tuple[int, ...]]:

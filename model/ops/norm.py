@@ -217,28 +217,50 @@ class _NativeNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, z, weight, eps: float, groups: int, norm_first: bool, dtype: torch.dtype):
-        xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
         gate = 0 if z is None else 1 + norm_first
-        out = torch.empty(x.shape, dtype=dtype)
-        scale = torch.empty(len(xs), groups)
-        gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w)
-        run_native("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
+        out, scale = native_norm(x, z, weight, eps, groups, gate, dtype)
         ctx.save_for_backward(x, z, weight, scale)
-        ctx.gate, ctx.dtype = gate, dtype
+        ctx.gate = gate
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
-        xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
-        dys = with_rows(_rows(dy))
-        dx = torch.empty(x.shape, dtype=x.dtype)
-        dz, dw = None if z is None else torch.empty(z.shape, dtype=z.dtype), torch.empty_like(w)
-        gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w, scale, dys, dys.stride(0))
-        sizes = (*xs.shape, scale.shape[1], ctx.gate)
-        run_native("norm_backward", x.dtype, *gated, dx, dz, dw, *sizes, to=ctx.dtype)
-        return dx, dz, dw.to(weight.dtype), None, None, None, None
+        dx, dz = torch.empty(x.shape, dtype=x.dtype), None if z is None else torch.empty(z.shape, dtype=z.dtype)
+        return dx, dz, native_norm_backward(x, z, weight, scale, ctx.gate, dy, dx, dz), None, None, None, None
+
+
+def native_norm(
+    x: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, gate: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The norm by the loops of `cpp/rows.cpp`, outside autograd; gate: 0 none, 1 before the norm, 2 after it. Returns
+    the result in `dtype` and the inverse RMS of each group, (n, G)."""
+    xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
+    out = torch.empty(x.shape, dtype=dtype)
+    scale = torch.empty(len(xs), groups)
+    gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w)
+    run_native("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
+    return out, scale
+
+
+def native_norm_backward(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    gate: int,
+    dy: Tensor,
+    dx: Tensor,
+    dz: Tensor | None,
+) -> Tensor:
+    """Fills dx, contiguous, and dz, of which the rows lie at one distance; returns the gradient of the weight."""
+    xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
+    dys, dw = with_rows(_rows(dy)), torch.empty_like(w)
+    gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w, scale, dys, dys.stride(0))
+    into = dx, dz, 0 if dz is None else dz.stride(-2)
+    run_native("norm_backward", x.dtype, *gated, *into, dw, *xs.shape, scale.shape[1], gate, to=dy.dtype)
+    return dw.to(weight.dtype)
 
 
 def _native_rows(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,8 @@ Legend: b batch, T tokens, G groups, H heads, P head dim, N state, Q tokens of a
 multiples of 32 inside.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -30,25 +32,18 @@ def ssd_native(
     b, T, H, P = x.shape
     if initial_state is None:
         initial_state = torch.zeros(b, H, P, B.shape[-1])
-    arguments = (dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), None if D is None else D.float())
+    inputs = x, B.to(x.dtype), C.to(x.dtype), dt.float(), A.float(), None if D is None else D.float()
     index = None if documents is None else documents.to(torch.int32).contiguous()
-    return _NativeSSD.apply(x, *arguments, index, initial_state.float(), padded(min(chunk or CHUNK, T)))
+    return _NativeSSD.apply(*inputs, index, initial_state.float(), native_chunk(T, chunk))
 
 
 class _NativeSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, index, initial_state, chunk: int):
-        inputs = with_heads(x), dt.contiguous(), A, with_heads(B), with_heads(C), D, index
-        b, T, H, P = x.shape
-        G, N = B.shape[2:]
-        chunks = -(-T // chunk)
+    def forward(ctx, x, B, C, dt, A, D, index, initial_state, chunk: int):
+        scan = Scan(with_heads(x), with_heads(B), with_heads(C), dt.contiguous(), A, D, index)
         state = initial_state.clone(memory_format=torch.contiguous_format)
-        states = torch.empty(b, H, chunks, padded(N), padded(P), dtype=x.dtype)
-        y = torch.empty(x.shape, dtype=x.dtype)
-        room = _room(x, chunks * chunk, G, N)
-        sizes = b, T, G, H // G, P, N, chunk
-        run_native("ssd_forward", x.dtype, *_inputs(inputs), state, y, states, *room, *sizes)
-        ctx.save_for_backward(*inputs, states)
+        y, states = native_scan(scan, state, chunk)
+        ctx.save_for_backward(*scan, states)
         ctx.chunk = chunk
         return y, state
 
@@ -56,29 +51,67 @@ class _NativeSSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, d_final):
         *inputs, states = ctx.saved_tensors
-        x, dt, _, B, C, D, _ = inputs
-        b, T, H, P = x.shape
-        G, N = B.shape[2:]
-        chunk, chunks, dy = ctx.chunk, states.shape[2], with_heads(dy)
+        scan = Scan(*inputs)
         d_state = d_final.clone(memory_format=torch.contiguous_format)
-        room = _room(x, chunks * chunk, G, N)
-        dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (x, B, C))
-        d_dt, dA, dD = torch.empty_like(dt), dt.new_empty(b, chunks, H), dt.new_empty(b, chunks, H)
-        before = (*with_strides(dy), states, d_state, torch.empty_like(states), *room, dt.new_empty(b, H, chunks))
-        sizes = b, T, G, H // G, P, N, chunk
-        run_native("ssd_backward", x.dtype, *_inputs(inputs), *before, dx, d_dt, dB, dC, dA, dD, *sizes)
-        return dx, d_dt, dA.sum((0, 1)), dB, dC, None if D is None else dD.sum((0, 1)), None, d_state, None
+        dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (scan.x, scan.B, scan.C))
+        slopes = native_scan_backward(scan, states, ctx.chunk, with_heads(dy), d_state, dx, dB, dC)
+        return dx, dB, dC, *slopes, None, d_state, None
 
 
-def _room(x: Tensor, tokens: int, G: int, N: int) -> tuple[Tensor, Tensor]:
-    """For the decays of all tokens, and for B or C turned."""
-    b, _, H, _ = x.shape
-    decays = torch.empty(b, H, 2, tokens, dtype=torch.float64)
-    return decays, torch.empty(b, G, padded(N), tokens, dtype=x.dtype)
+class Scan(NamedTuple):
+    """What the loops read. x (b, T, H, P), B, C (b, T, G, N): as `with_heads` gives them. dt (b, T, H), A, D (H,):
+    float32, contiguous. documents: (b, T) int32, contiguous."""
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+    A: Tensor
+    D: Tensor | None
+    documents: Tensor | None
+
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        x, B, C, dt, A, D, documents = self
+        return *with_strides(x), dt, A, *with_strides(B), *with_strides(C), D, documents
+
+    def sizes(self, chunk: int) -> tuple[int, ...]:
+        (b, T, H, P), (G, N) = self.x.shape, self.B.shape[2:]
+        return b, T, G, H // G, P, N, chunk
+
+    def room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """For the decays of so many tokens, and for B or C turned."""
+        (b, _, H, _), (G, N) = self.x.shape, self.B.shape[2:]
+        decays = torch.empty(b, H, 2, tokens, dtype=torch.float64)
+        return decays, torch.empty(b, G, padded(N), tokens, dtype=self.x.dtype)
 
 
-def _inputs(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | int | None, ...]:
-    """x, dt, A, B, C, D, index as the loops take them: x, B and C with the strides of a row and of a token."""
-    x, dt, A, B, C, D, index = inputs
-    assert x is not None and B is not None and C is not None
-    return *with_strides(x), dt, A, *with_strides(B), *with_strides(C), D, index
+def native_chunk(T: int, chunk: int | None = None) -> int:
+    """Tokens per chunk of rows of T: what is fast, or the next multiple of 32 of another number."""
+    return padded(min(chunk or CHUNK, T))
+
+
+def native_scan(scan: Scan, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The scan outside autograd. state: (b, H, P, N) float32, contiguous; it becomes the last one. Returns y and the
+    states that enter the chunks."""
+    b, T, H, P = scan.x.shape
+    chunks = -(-T // chunk)
+    states = torch.empty(b, H, chunks, padded(scan.B.shape[-1]), padded(P), dtype=scan.x.dtype)
+    y = torch.empty(scan.x.shape, dtype=scan.x.dtype)
+    into = state, y, states, *scan.room(chunks * chunk)
+    run_native("ssd_forward", y.dtype, *scan.arguments(), *into, *scan.sizes(chunk))
+    return y, states
+
+
+def native_scan_backward(
+    scan: Scan, states: Tensor, chunk: int, dy: Tensor, d_state: Tensor, dx: Tensor, dB: Tensor, dC: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`d_state`, of the last state, becomes that of the first. Fills dx, dB and dC, which lie as `with_heads` has it;
+    returns the gradients of dt, A and D."""
+    b, _, H, _ = scan.x.shape
+    chunks = states.shape[2]
+    d_dt, dA, dD = torch.empty_like(scan.dt), *(scan.dt.new_empty(b, chunks, H) for _ in range(2))
+    room = torch.empty_like(states), *scan.room(chunks * chunk), scan.dt.new_empty(b, H, chunks)
+    read = *scan.arguments(), *with_strides(dy), states, d_state
+    into = *with_strides(dx), d_dt, *with_strides(dB), *with_strides(dC), dA, dD
+    run_native("ssd_backward", dy.dtype, *read, *room, *into, *scan.sizes(chunk))
+    return d_dt, dA.sum((0, 1)), None if scan.D is None else dD.sum((0, 1))

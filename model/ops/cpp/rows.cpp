@@ -5,60 +5,54 @@
 // ---- causal convolution: x, y (B, T, C); taps (k, C) by distance; index (B, T) of documents or null ----
 
 static const long TILE = 64, TAPS = 16;
+static const long SPAN = 32;  // tokens of which 16 channels are taken before the next 16
 
-static inline long reach_of(const int32_t *index, long t, long k) {  // taps that t may read, itself included
-    long reach = std::min(k, t + 1);
-    if (index)
-        for (long d = 1; d < reach; d++)
-            if (index[t - d] != index[t]) return d;
-    return reach;
-}
-
-template <class T>
-static inline void convolve(const T *x, long xt, const float *taps, const float *bias, long C, long reach, long n,
-                            float *h) {  // n channels of one token
-    for (long c = 0; c < n; c++) h[c] = bias ? bias[c] : 0.f;
-    for (long d = 0; d < reach; d++) {
-        const T *row = x - d * xt;
-        const float *tap = taps + d * C;
-#pragma omp simd
-        for (long c = 0; c < n; c++) h[c] += tap[c] * wide(row[c]);
+// TAPS_KNOWN: k, or 0 for any.
+template <class T, long TAPS_KNOWN>
+static void conv_forward_span(const T *x, long xt, const float *taps, const float *bias, const int32_t *index, T *y,
+                              long first, long end, long C, long taps_given, int activate) {
+    static const long MOST = TAPS_KNOWN ? TAPS_KNOWN : TAPS;
+    const long k = TAPS_KNOWN ? TAPS_KNOWN : taps_given;
+    for (long c = 0; c < C; c += LANES) {
+        const long width = C - c;
+        Lanes tap[MOST], past[MOST] = {};  // past[d]: of token t-d
+        for (long d = 0; d < k; d++) tap[d] = some_lanes(taps + d * C + c, width);
+        for (long d = 1; d < std::min(k, first + 1); d++) {
+            if (index && index[first - d] != index[first]) break;
+            past[d - 1] = some_lanes(x + (first - d) * xt + c, width);
+        }
+        const Lanes shift = bias ? some_lanes(bias + c, width) : Lanes{};
+        for (long t = first; t < end; t++) {
+            __builtin_prefetch(x + t * xt + c + TILE);
+            for (long d = k - 1; d > 0; d--) past[d] = past[d - 1];
+            if (index && t > first && index[t] != index[t - 1])
+                for (long d = 1; d < k; d++) past[d] = Lanes{};
+            past[0] = some_lanes(x + t * xt + c, width);
+            Lanes h = shift;
+            for (long d = 0; d < k; d++) h += tap[d] * past[d];
+            keep_some(y + t * C + c, activate ? silu(h) : h, width);
+        }
     }
 }
 
 template <class T>
 static void conv_forward(const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index, T *y,
                          long B, long S, long C, long k, int activate) {
-    const long span = 32, spans = (S + span - 1) / span;
+    const auto span_of = k == 4 ? conv_forward_span<T, 4> : conv_forward_span<T, 0>;
 #pragma omp parallel for collapse(2) schedule(static)
     for (long b = 0; b < B; b++)
-        for (long part = 0; part < spans; part++) {
-            float h[4 * TILE];
-            for (long t = part * span; t < std::min(S, (part + 1) * span); t++) {
-                long reach = reach_of(index ? index + b * S : nullptr, t, k);
-                for (long c0 = 0; c0 < C; c0 += 4 * TILE) {
-                    long n = std::min(4 * TILE, C - c0);
-                    convolve(x + b * xb + t * xt + c0, xt, taps + c0, bias ? bias + c0 : nullptr, C, reach, n, h);
-                    T *out = y + (b * S + t) * C + c0;
-                    if (activate) {
-#pragma omp simd
-                        for (long c = 0; c < n; c++) put(out[c], silu(h[c]));
-                    } else {
-#pragma omp simd
-                        for (long c = 0; c < n; c++) put(out[c], h[c]);
-                    }
-                }
-            }
-        }
+        for (long t = 0; t < S; t += SPAN)
+            span_of(x + b * xb, xt, taps, bias, index ? index + b * S : nullptr, y + b * S * C, t, std::min(S, t + SPAN),
+                    C, k, activate);
 }
 
-// One tile of n channels. ends (B, S): how many of the tokens t .. t+k-1 read t. TAPS_KNOWN: k, or 0 for any.
+// One tile of n channels. ends (B, S): how many of the tokens t .. t+k-1 read t.
 template <class T, long TAPS_KNOWN>
 static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, const float *bias, const uint8_t *ends,
-                               const T *dy, long dyb, long dyt, T *dx, float *dtaps, float *dbias, long B, long S, long C,
+                               const T *dy, long dyb, long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias,
+                               long B, long S, long C,
                                long taps_given, long n, int activate) {
     static const long VECTORS = TILE / LANES, MOST = TAPS_KNOWN ? TAPS_KNOWN : TAPS;
-    static const long SPAN = 32;  // tokens that each vector of the tile goes through before the next span
     const long k = TAPS_KNOWN ? TAPS_KNOWN : taps_given;
     Lanes total[VECTORS][MOST + 1] = {}, inputs[VECTORS][MOST], slopes[VECTORS][MOST];
     for (long b = 0; b < B; b++) {
@@ -69,7 +63,7 @@ static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, 
             for (long v = 0; v * LANES < n; v++) {
                 const long c0 = v * LANES, width = n - c0;
                 const T *row = x + b * xb + c0, *slope = dy + b * dyb + c0;
-                T *out = dx + b * S * C + c0;
+                T *out = dx + b * dxb + c0;
                 Lanes tap[MOST], past[MOST], dh[MOST], sum[MOST + 1] = {};  // past[d], dh[d]: of token t-d
                 for (long d = 0; d < k; d++) {
                     tap[d] = some_lanes(taps + d * C + c0, width);
@@ -85,7 +79,7 @@ static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, 
                     if (t < S) {
                         __builtin_prefetch(row + (t + SPAN) * xt);
                         __builtin_prefetch(slope + (t + SPAN) * dyt);
-                        __builtin_prefetch(out + (t + SPAN) * C, 1);
+                        __builtin_prefetch(out + (t + SPAN) * dxt, 1);
                         if (t > 0 && end[t - 1] == 1)  // a document begins
                             for (long d = 1; d < k; d++) past[d] = Lanes{};
                         past[0] = some_lanes(row + t * xt, width);
@@ -104,7 +98,7 @@ static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, 
                             for (long d = 0; d < k; d++) value += tap[d] * dh[k - 1 - d];
                         else
                             for (long d = 0; d < end[done]; d++) value += tap[d] * dh[k - 1 - d];
-                        keep_some(out + done * C, value, width);
+                        keep_some(out + done * dxt, value, width);
                     }
                 }
                 for (long d = 0; d < k; d++) {
@@ -122,7 +116,8 @@ static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, 
 
 template <class T>
 static void conv_backward(const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index,
-                          const T *dy, long dyb, long dyt, T *dx, float *dtaps, float *dbias, long B, long S, long C,
+                          const T *dy, long dyb, long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias,
+                               long B, long S, long C,
                           long k, int activate) {
     std::vector<uint8_t> ends(B * S);
     for (long b = 0; b < B; b++)
@@ -134,8 +129,8 @@ static void conv_backward(const T *x, long xb, long xt, const float *taps, const
     const auto tile_of = k == 4 ? conv_backward_tile<T, 4> : conv_backward_tile<T, 0>;
 #pragma omp parallel for schedule(static)
     for (long c = 0; c < C; c += TILE)
-        tile_of(x + c, xb, xt, taps + c, bias ? bias + c : nullptr, ends.data(), dy + c, dyb, dyt, dx + c, dtaps + c,
-                dbias ? dbias + c : nullptr, B, S, C, k, std::min(TILE, C - c), activate);
+        tile_of(x + c, xb, xt, taps + c, bias ? bias + c : nullptr, ends.data(), dy + c, dyb, dyt, dx + c, dxb,
+                dxt, dtaps + c,                dbias ? dbias + c : nullptr, B, S, C, k, std::min(TILE, C - c), activate);
 }
 
 // ---- RMS norm of n rows of D in G groups, plain or gated by silu(z), before or after the norm ----
@@ -188,7 +183,7 @@ static const long ROWS = 64;  // whose share of the weight's gradient is summed 
 
 template <class T, class O>
 static void norm_backward(const T *x, long xs, const T *z, long zs, const float *weight, const float *scale, const O *dy,
-                          long ds, T *dx, T *dz, float *dweight, long n, long D, long G, int gate) {
+                          long ds, T *dx, T *dz, long dzs, float *dweight, long n, long D, long G, int gate) {
     const long width = D / G, parts = (n + ROWS - 1) / ROWS;
     std::vector<float> sums(parts * D, 0.f);
 #pragma omp parallel
@@ -201,7 +196,7 @@ static void norm_backward(const T *x, long xs, const T *z, long zs, const float 
             for (long i = part * ROWS; i < std::min(n, (part + 1) * ROWS); i++) {
                 const T *row = x + i * xs, *zrow = z ? z + i * zs : nullptr;
                 const O *dout = dy + i * ds;
-                T *dxrow = dx + i * D, *dzrow = dz ? dz + i * D : nullptr;
+                T *dxrow = dx + i * D, *dzrow = dz ? dz + i * dzs : nullptr;
                 for (long g = 0; g < G; g++) {
                     const long first = g * width, last = first + width;
                     const float r = scale[i * G + g];
@@ -351,8 +346,9 @@ BOTH(conv_forward, CONV_FORWARD, (x, xb, xt, taps, bias, index, y, B, S, C, k, a
 
 #define CONV_BACKWARD(T)                                                                                               \
     (const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index, const T *dy, long dyb, \
-     long dyt, T *dx, float *dtaps, float *dbias, long B, long S, long C, long k, int activate)
-BOTH(conv_backward, CONV_BACKWARD, (x, xb, xt, taps, bias, index, dy, dyb, dyt, dx, dtaps, dbias, B, S, C, k, activate))
+     long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias, long B, long S, long C, long k, int activate)
+BOTH(conv_backward, CONV_BACKWARD, (x, xb, xt, taps, bias, index, dy, dyb, dyt, dx, dxb, dxt, dtaps, dbias, B, S, C, k,
+      activate))
 
 #define SWIGLU_FORWARD(T) (const T *gate, long gs, const T *up, long us, T *out, long n, long D)
 BOTH(swiglu_forward, SWIGLU_FORWARD, (gate, gs, up, us, out, n, D))
@@ -374,15 +370,15 @@ BOTH(log_sum_exp, LOG_SUM_EXP, (logits, lse, n, V))
     (T *logits, const float *lse, const float *share, const float *own, const int64_t *target, long n, long V)
 BOTH(softmax_slope, SOFTMAX_SLOPE, (logits, lse, share, own, target, n, V))
 
-#define NORM(T, t, O, o)                                                                                                  \
-    extern "C" void norm_forward_##t##_##o(const T *x, long xs, const T *z, long zs, const float *weight, O *y,           \
-                                           float *scale, long n, long D, long G, float eps, int gate) {                   \
-        norm_forward<T, O>(x, xs, z, zs, weight, y, scale, n, D, G, eps, gate);                                           \
-    }                                                                                                                     \
-    extern "C" void norm_backward_##t##_##o(const T *x, long xs, const T *z, long zs, const float *weight,                \
-                                            const float *scale, const O *dy, long ds, T *dx, T *dz, float *dweight, long n, \
-                                            long D, long G, int gate) {                                                   \
-        norm_backward<T, O>(x, xs, z, zs, weight, scale, dy, ds, dx, dz, dweight, n, D, G, gate);                         \
+#define NORM(T, t, O, o)                                                                                                \
+    extern "C" void norm_forward_##t##_##o(const T *x, long xs, const T *z, long zs, const float *weight, O *y,         \
+                                           float *scale, long n, long D, long G, float eps, int gate) {                 \
+        norm_forward<T, O>(x, xs, z, zs, weight, y, scale, n, D, G, eps, gate);                                         \
+    }                                                                                                                   \
+    extern "C" void norm_backward_##t##_##o(const T *x, long xs, const T *z, long zs, const float *weight,              \
+                                            const float *scale, const O *dy, long ds, T *dx, T *dz, long dzs,           \
+                                            float *dweight, long n, long D, long G, int gate) {                         \
+        norm_backward<T, O>(x, xs, z, zs, weight, scale, dy, ds, dx, dz, dzs, dweight, n, D, G, gate);                  \
     }
 NORM(float, f32, float, f32)
 NORM(float, f32, bf16, bf16)

@@ -239,7 +239,8 @@ template <class T>
 static void ssd_backward(const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt,
                          const T *C, long cb, long ct, const float *D, const int32_t *index, const T *dy, long dyb,
                          long dyt, const T *states, float *d_state, T *d_states, double *decays, T *turned_C,
-                         float *d_through, T *dx, float *d_dt, T *dB, T *dC, float *dA, float *dD, long rows, long S,
+                         float *d_through, T *dx, long dx_row, long dx_token, float *d_dt, T *dB, long dB_row,
+                         long dB_token, T *dC, long dC_row, long dC_token, float *dA, float *dD, long rows, long S,
                          long G, long R, long P, long N, long Q) {
     // d_state (B, H, P, N), of the last state, becomes that of the first; d_states as states, of those that leave the
     // chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and dD (B, chunks, H)
@@ -391,8 +392,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                                     const Lanes value = lanes(xr + q * PW + c), slope = lanes(dyr + q * PW + c);
                                     along += v * value;
                                     around += slope * value;
-                                    keep_some(dx + ((b * S + start + q) * H + h) * P + c, v * step[q] + slope * skip,
-                                              P - c);
+                                    keep_some(dx + b * dx_row + (start + q) * dx_token + h * P + c, v * step[q] + slope * skip, P - c);
                                 }
                                 d_step[q * H] += sum_of(along);
                                 skipped += sum_of(around);
@@ -420,16 +420,15 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     for (long at = 0; at < Q * Q; at += LANES) keep(narrow + at, lanes(dCBt + at));
                     pack(narrow, Q, Q, Q, (float *)nullptr, panel, Q, Q);
                     turn(narrow, other, Q, Q / W);
-                    const auto give = [=](const T *left, const uint32_t *right, float *sum, T *result) {
+                    const auto give = [=](const T *left, const uint32_t *right, float *sum, T *result, long stride) {
                         add_product(left, NW, right, Q, Q / W, sum);
                         turn(sum, out, NW, Q);
                         for (long q = 0; q < tokens; q++)
                             for (long n = 0; n < N; n += LANES)
-                                keep_some(result + ((b * S + start + q) * G + g) * N + n, load<Lanes>(out + q * NW + n),
-                                          N - n);
+                                keep_some(result + (start + q) * stride + g * N + n, load<Lanes>(out + q * NW + n), N - n);
                     };
-                    give(Bt, panel, dCt, dC);
-                    give(Ct, other, dBt, dB);
+                    give(Bt, panel, dCt, dC + b * dC_row, dC_token);
+                    give(Ct, other, dBt, dB + b * dB_row, dB_token);
                 }
     }
 }
@@ -441,11 +440,12 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
 BOTH(ssd_forward, SSD_FORWARD,
      (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, state, y, states, decays, turned_B, rows, S, G, R, P, N, Q))
 
-#define SSD_BACKWARD(T)                                                                                               \
+#define SSD_BACKWARD(T)                                                                                              \
     (const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt, const T *C, long cb, \
      long ct, const float *D, const int32_t *index, const T *dy, long dyb, long dyt, const T *states, float *d_state,  \
-     T *d_states, double *decays, T *turned_C, float *d_through, T *dx, float *d_dt, T *dB, T *dC, float *dA, float *dD, \
-     long rows, long S, long G, long R, long P, long N, long Q)
+     T *d_states, double *decays, T *turned_C, float *d_through, T *dx, long dx_row, long dx_token, float *d_dt,       \
+     T *dB, long dB_row, long dB_token, T *dC, long dC_row, long dC_token, float *dA, float *dD, long rows, long S,    \
+     long G, long R, long P, long N, long Q)
 BOTH(ssd_backward, SSD_BACKWARD,
      (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, dy, dyb, dyt, states, d_state, d_states, decays, turned_C,
-      d_through, dx, d_dt, dB, dC, dA, dD, rows, S, G, R, P, N, Q))
+      d_through, dx, dx_row, dx_token, d_dt, dB, dB_row, dB_token, dC, dC_row, dC_token, dA, dD, rows, S, G, R, P, N, Q))

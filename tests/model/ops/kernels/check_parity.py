@@ -150,7 +150,7 @@ def test_mixer(monkeypatch, groups, lengths, norm_before_gate):
     leaves = [v.requires_grad_() for v in leaves]
 
     def kernels():
-        options = {"head_dim": P, "groups": groups, "chunk": CHUNK, "dt_limit": (0.01, 2.0)}
+        options = {"head_dim": P, "groups": groups, "chunk": CHUNK, "dt_limit": (0.01, 2.0), "backend": "mamba_ssm"}
         return [conv_scan_norm(*leaves, 1e-5, documents=documents, norm_before_gate=norm_before_gate, **options)]
 
     def ours():
