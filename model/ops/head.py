@@ -88,7 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, vocab_size: int, dtype: torch.dtype, z_loss: float, part, ahead: bool):
         wide = wide_dtype(dtype)
         h = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-        t, away = _local_targets(targets.flatten(), vocab_size, part)
+        t = targets.flatten().contiguous()  # they may be one column of wider rows
+        t, away = _local_targets(t, vocab_size, part)
         lse = torch.empty(t.shape, dtype=wide, device=h.device)
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_nll):
         hidden, weight, targets, lse = ctx.saved_tensors
         dtype, vocab_size, wide, fast = ctx.dtype, ctx.vocab_size, lse.dtype, ctx.fast
-        t = targets.flatten().contiguous()  # targets may be one column of wider rows
+        t = targets.flatten().contiguous()
         g = d_nll.flatten().to(wide)
         of_sum, ctx.of_sum = ctx.of_sum, None
         if of_sum is not None and (factor := _common(g[t != IGNORE])) is not None:

@@ -55,7 +55,8 @@ def test_gradients_taken_ahead(targets, dtype, even):
     weights = torch.full((B, T), 0.375) if even else torch.linspace(0.1, 2, B * T).view(B, T)
     weights[targets == IGNORE] = 5.0  # whatever those are weighed by
     hidden, weight = leaf(B, T, D, dtype=dtype), leaf(PADDED, D, dtype=wide_dtype(dtype))
-    nll = linear_cross_entropy(hidden, weight, targets, vocab_size=V, z_loss=0.1)
+    column = torch.stack([targets, targets.flip(1)], -1)[..., 0]  # as of wider rows
+    nll = linear_cross_entropy(hidden, weight, column, vocab_size=V, z_loss=0.1)
     exact = [v.detach().double().requires_grad_() for v in (hidden, weight)]
     reference = linear_cross_entropy_reference(*exact, targets, V, 0.1)
     want = torch.autograd.grad((reference * weights).sum(), exact)
