@@ -50,8 +50,7 @@ static void conv_forward(const T *x, long xb, long xt, const float *taps, const 
 template <class T, long TAPS_KNOWN>
 static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, const float *bias, const uint8_t *ends,
                                const T *dy, long dyb, long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias,
-                               long B, long S, long C,
-                               long taps_given, long n, int activate) {
+                               long B, long S, long C, long taps_given, long n, int activate) {
     static const long VECTORS = TILE / LANES, MOST = TAPS_KNOWN ? TAPS_KNOWN : TAPS;
     const long k = TAPS_KNOWN ? TAPS_KNOWN : taps_given;
     Lanes total[VECTORS][MOST + 1] = {}, inputs[VECTORS][MOST], slopes[VECTORS][MOST];
@@ -117,8 +116,7 @@ static void conv_backward_tile(const T *x, long xb, long xt, const float *taps, 
 template <class T>
 static void conv_backward(const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index,
                           const T *dy, long dyb, long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias,
-                               long B, long S, long C,
-                          long k, int activate) {
+                          long B, long S, long C, long k, int activate) {
     std::vector<uint8_t> ends(B * S);
     for (long b = 0; b < B; b++)
         for (long t = 0; t < S; t++) {
@@ -129,8 +127,8 @@ static void conv_backward(const T *x, long xb, long xt, const float *taps, const
     const auto tile_of = k == 4 ? conv_backward_tile<T, 4> : conv_backward_tile<T, 0>;
 #pragma omp parallel for schedule(static)
     for (long c = 0; c < C; c += TILE)
-        tile_of(x + c, xb, xt, taps + c, bias ? bias + c : nullptr, ends.data(), dy + c, dyb, dyt, dx + c, dxb,
-                dxt, dtaps + c,                dbias ? dbias + c : nullptr, B, S, C, k, std::min(TILE, C - c), activate);
+        tile_of(x + c, xb, xt, taps + c, bias ? bias + c : nullptr, ends.data(), dy + c, dyb, dyt, dx + c, dxb, dxt,
+                dtaps + c, dbias ? dbias + c : nullptr, B, S, C, k, std::min(TILE, C - c), activate);
 }
 
 // ---- RMS norm of n rows of D in G groups, plain or gated by silu(z), before or after the norm ----
@@ -347,8 +345,8 @@ BOTH(conv_forward, CONV_FORWARD, (x, xb, xt, taps, bias, index, y, B, S, C, k, a
 #define CONV_BACKWARD(T)                                                                                               \
     (const T *x, long xb, long xt, const float *taps, const float *bias, const int32_t *index, const T *dy, long dyb, \
      long dyt, T *dx, long dxb, long dxt, float *dtaps, float *dbias, long B, long S, long C, long k, int activate)
-BOTH(conv_backward, CONV_BACKWARD, (x, xb, xt, taps, bias, index, dy, dyb, dyt, dx, dxb, dxt, dtaps, dbias, B, S, C, k,
-      activate))
+BOTH(conv_backward, CONV_BACKWARD,
+     (x, xb, xt, taps, bias, index, dy, dyb, dyt, dx, dxb, dxt, dtaps, dbias, B, S, C, k, activate))
 
 #define SWIGLU_FORWARD(T) (const T *gate, long gs, const T *up, long us, T *out, long n, long D)
 BOTH(swiglu_forward, SWIGLU_FORWARD, (gate, gs, up, us, out, n, D))

@@ -133,7 +133,8 @@ inline Lanes multiply_add<bf16>(Lanes sum, uint32_t left, Words right) {
 
 // tile += left right: rows `stride` words apart, `words` of them
 template <class T, int V>
-static inline __attribute__((always_inline)) void multiply(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width, long words) {
+__attribute__((always_inline)) static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride,
+                                                           const uint32_t *panel, long width, long words) {
     const uint32_t *rows = reinterpret_cast<const uint32_t *>(left);
     Lanes sum[4][V];
     for (int r = 0; r < 4; r++)
