@@ -9,20 +9,35 @@ torchrun would set them, and a current directory of the test's.
 import io
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+# Below what Linux gives to outgoing connections: a port that was free stays so until the one it is for listens to it.
+PORTS = range(10000, 32768)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens to, for processes that take no socket from us."""
+    ports: list[int] = []
+    with ExitStack() as probes:
+        while len(ports) < number:
+            port = random.SystemRandom().choice(PORTS)
+            probe = probes.enter_context(socket.socket())
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            ports.append(port)
+    return ports
 
 
 def _rank_main(
@@ -52,8 +67,10 @@ def run_ranks(
     context = multiprocessing.get_context("spawn" if gpus else "forkserver")
     # The server imports once, for the CPU, what takes each rank seconds to import.
     multiprocessing.set_forkserver_preload(["tests.imported"])
-    shared = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    # The ranks meet in a store of this process, as in that of torchrun: it chose its port itself and has it already.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     ranks, pipes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.ranks import free_ports
 from tests.train.runs import environment
 
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -124,7 +125,7 @@ def slurm() -> Iterator[Cluster]:
         cluster = Cluster(folder)
         stack.callback(_kill_all, cluster.environment["SLURM_CONF"])
         host = socket.gethostname().partition(".")[0]
-        text = CONFIG.format(host=host, folder=folder, nodes=NODES, ports=_free_ports(3))
+        text = CONFIG.format(host=host, folder=folder, nodes=NODES, ports=free_ports(3))
         (folder / "slurm.conf").write_text(text)
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(os.urandom(1024))
@@ -183,11 +184,3 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return {}
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tests.ranks import free_port
+from tests.ranks import free_ports
 from tests.train.runs import ROOT, curve, environment, prepare_tiny
 from train.health import TrainingHealthError
 from train.stop import EXIT_STALLED
@@ -39,7 +39,7 @@ def test_only_failed_collectives_are_looked_into(tmp_path: Path, monkeypatch: py
 
 def start_ranks(workplace: Path, name: str, *overrides: str) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher, as srun starts them, in the middle of training."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     recipe = str(ROOT / "launch" / "recipes" / "tiny.toml")
     ranks = [
         subprocess.Popen(
