@@ -319,7 +319,7 @@ def open_mesh(
 
     Tensors on a GPU travel by NCCL, those on the CPU by gloo, in one process group. A collective that takes longer
     than `timeout_s` fails. interface: the network interface to talk through, see `train/network.py`. Raises ValueError
-    when the world is not one that `sizes` can fill.
+    when the world is not one that `sizes` can fill, or rank 0 can't have MASTER_PORT.
     """
     chosen = choose_device(device)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -329,7 +329,15 @@ def open_mesh(
     _ranks_of_slurm()
     choose_interface(interface)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"MASTER_PORT: something else listens to {os.environ['MASTER_PORT']} on this host; wants a free port, "
+                "the same for every rank"
+            ) from error
     else:
         os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from tests.ranks import free_ports
 from tests.train.runs import ROOT, curve, environment, prepare_tiny
 from train.health import TrainingHealthError
-from train.stop import EXIT_STALLED
+from train.stop import EXIT_STALLED, EXIT_USER_ERROR
 from train.watch import RankLost, Watch
 
 LONG = ("training.tokens=51200000", "checkpoints.every_tokens=none", "evaluation.every_tokens=none")
@@ -71,6 +72,20 @@ def end(rank: subprocess.Popen[str], timeout_s: float = 90) -> tuple[int, str]:
         rank.kill()
         raise
     return rank.returncode, said
+
+
+def test_a_port_that_is_taken_is_named(workplace: Path) -> None:
+    recipe = str(ROOT / "launch" / "recipes" / "tiny.toml")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "train", recipe, "name=taken"]
+        done = subprocess.run(command, cwd=workplace, env=environment() | shared, capture_output=True, text=True)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.strip() == (
+        f"braid: error: MASTER_PORT: something else listens to {port} on this host; wants a free port, the same for "
+        "every rank"
+    )
 
 
 @pytest.mark.parametrize("dies", [0, 1])
