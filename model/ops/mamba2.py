@@ -90,7 +90,7 @@ def conv_scan_norm(
 
         options = {"head_dim": head_dim, "groups": groups, "dt_limit": dt_limit, "norm_before_gate": norm_before_gate}
         parameters = conv_weight, conv_bias, dt_bias, A, D, norm_weight
-        return NativeMamba2.apply(projected, *parameters, eps, index, options)
+        return NativeMamba2.apply(projected, *parameters, eps, index, options, torch.is_grad_enabled())
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
     return mamba_split_conv1d_scan_combined(

@@ -15,16 +15,17 @@ from model.ops.ssd_native import Scan, native_chunk, native_scan, native_scan_ba
 
 
 class NativeMamba2(torch.autograd.Function):
-    """Arguments as those of `mamba2.conv_scan_norm`, in their order; documents int32."""
+    """Arguments as those of `mamba2.conv_scan_norm`, in their order; documents int32. backward: whether there is to be
+    one."""
 
     @staticmethod
-    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, documents, options):
+    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, eps, documents, options, backward):
         parts = _Parts(projected, len(A), **options)
         mixed = native_conv(parts.xBC, conv_weight, conv_bias, documents, silu=True)
         positive = F.softplus(parts.dt.float() + dt_bias)
         scan = Scan(*parts.scanned(mixed), parts.bounded(positive), A, D, documents)
         chunk = native_chunk(mixed.shape[1])
-        y, states = native_scan(scan, parts.no_state(mixed), chunk)
+        y, states = native_scan(scan, parts.no_state(mixed), chunk, backward)
         out, scale = native_norm(y.flatten(2), parts.z, norm_weight, eps, parts.groups, parts.gate, projected.dtype)
         ctx.save_for_backward(
             projected, conv_weight, conv_bias, A, D, norm_weight, documents, mixed, positive, states, y, scale
@@ -52,7 +53,7 @@ class NativeMamba2(torch.autograd.Function):
         if parts.dt_limit is not None:
             d_dt *= scan.dt == positive
         slopes.dt.copy_(d_dt)
-        return d_projected, d_weight, d_bias, d_dt.sum((0, 1)), dA, dD, d_norm_weight, None, None, None
+        return d_projected, d_weight, d_bias, d_dt.sum((0, 1)), dA, dD, d_norm_weight, None, None, None, None
 
 
 class _Parts:

@@ -34,15 +34,15 @@ def ssd_native(
         initial_state = torch.zeros(b, H, P, B.shape[-1])
     inputs = x, B.to(x.dtype), C.to(x.dtype), dt.float(), A.float(), None if D is None else D.float()
     index = None if documents is None else documents.to(torch.int32).contiguous()
-    return _NativeSSD.apply(*inputs, index, initial_state.float(), native_chunk(T, chunk))
+    return _NativeSSD.apply(*inputs, index, initial_state.float(), native_chunk(T, chunk), torch.is_grad_enabled())
 
 
 class _NativeSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, B, C, dt, A, D, index, initial_state, chunk: int):
+    def forward(ctx, x, B, C, dt, A, D, index, initial_state, chunk: int, backward: bool):
         scan = Scan(with_heads(x), with_heads(B), with_heads(C), dt.contiguous(), A, D, index)
         state = initial_state.clone(memory_format=torch.contiguous_format)
-        y, states = native_scan(scan, state, chunk)
+        y, states = native_scan(scan, state, chunk, backward)
         ctx.save_for_backward(*scan, states)
         ctx.chunk = chunk
         return y, state
@@ -55,7 +55,7 @@ class _NativeSSD(torch.autograd.Function):
         d_state = d_final.clone(memory_format=torch.contiguous_format)
         dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (scan.x, scan.B, scan.C))
         slopes = native_scan_backward(scan, states, ctx.chunk, with_heads(dy), d_state, dx, dB, dC)
-        return dx, dB, dC, *slopes, None, d_state, None
+        return dx, dB, dC, *slopes, None, d_state, None, None
 
 
 class Scan(NamedTuple):
@@ -78,11 +78,11 @@ class Scan(NamedTuple):
         (b, T, H, P), (G, N) = self.x.shape, self.B.shape[2:]
         return b, T, G, H // G, P, N, chunk
 
-    def room(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """For the decays of so many tokens, and for B or C turned."""
+    def room(self, chunks: int, chunk: int) -> tuple[Tensor, Tensor]:
+        """For the decays, and for B or C turned."""
         (b, _, H, _), (G, N) = self.x.shape, self.B.shape[2:]
-        decays = torch.empty(b, H, 2, tokens, dtype=torch.float64)
-        return decays, torch.empty(b, G, padded(N), tokens, dtype=self.x.dtype)
+        decays = torch.empty(b, H, 2, chunks * chunk, dtype=torch.float64)
+        return decays, torch.empty(b, G, chunks, padded(N), chunk, dtype=self.x.dtype)
 
 
 def native_chunk(T: int, chunk: int | None = None) -> int:
@@ -90,15 +90,17 @@ def native_chunk(T: int, chunk: int | None = None) -> int:
     return padded(min(chunk or CHUNK, T))
 
 
-def native_scan(scan: Scan, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The scan outside autograd. state: (b, H, P, N) float32, contiguous; it becomes the last one. Returns y and the
-    states that enter the chunks."""
+def native_scan(scan: Scan, state: Tensor, chunk: int, backward: bool) -> tuple[Tensor, Tensor | None]:
+    """The scan outside autograd. state: (b, H, P, N) float32, contiguous; it becomes the last one. Returns y and, for
+    the backward if there is to be one, the states that enter the chunks, as panels (`cpp/tiles.h`)."""
     b, T, H, P = scan.x.shape
+    G, N = scan.B.shape[2:]
     chunks = -(-T // chunk)
-    states = torch.empty(b, H, chunks, padded(scan.B.shape[-1]), padded(P), dtype=scan.x.dtype)
     y = torch.empty(scan.x.shape, dtype=scan.x.dtype)
-    into = state, y, states, *scan.room(chunks * chunk)
-    run_native("ssd_forward", y.dtype, *scan.arguments(), *into, *scan.sizes(chunk))
+    states = torch.empty(b, H, chunks, padded(N), padded(P), dtype=scan.x.dtype) if backward else None
+    rows_C = torch.empty(b, G, chunks, chunk, padded(N), dtype=scan.x.dtype)
+    room = *scan.room(chunks, chunk), rows_C, torch.empty(b, G, chunks, chunk, chunk)
+    run_native("ssd_forward", y.dtype, *scan.arguments(), state, y, states, *room, *scan.sizes(chunk))
     return y, states
 
 
@@ -110,7 +112,7 @@ def native_scan_backward(
     b, _, H, _ = scan.x.shape
     chunks = states.shape[2]
     d_dt, dA, dD = torch.empty_like(scan.dt), *(scan.dt.new_empty(b, chunks, H) for _ in range(2))
-    room = torch.empty_like(states), *scan.room(chunks * chunk), scan.dt.new_empty(b, H, chunks)
+    room = torch.empty_like(states), *scan.room(chunks, chunk), scan.dt.new_empty(b, H, chunks)
     read = *scan.arguments(), *with_strides(dy), states, d_state
     into = *with_strides(dx), d_dt, *with_strides(dB), *with_strides(dC), dA, dD
     run_native("ssd_backward", dy.dtype, *read, *room, *into, *scan.sizes(chunk))

@@ -135,42 +135,40 @@ static void conv_backward(const T *x, long xb, long xt, const float *taps, const
 
 enum Gate { NONE = 0, GATE_FIRST = 1, NORM_FIRST = 2 };
 
+// Rows are fetched two before they are read: the processor's own guesses end with each page.
+static const long ROWS_AHEAD = 2;
+
 template <class T, class O>
 static void norm_forward(const T *x, long xs, const T *z, long zs, const float *weight, O *y, float *scale, long n, long D,
                          long G, float eps, int gate) {
     const long width = D / G;
 #pragma omp parallel
     {
-        std::vector<float> room(D);
+        std::vector<float> room(D + LANES);
         float *h = room.data();
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
             const T *row = x + i * xs, *zrow = z ? z + i * zs : nullptr;
-            for (long g = 0; g < G; g++) {
-                const long first = g * width, last = first + width;
-                float sum = 0.f;
-                if (gate == GATE_FIRST) {
-#pragma omp simd reduction(+ : sum)
-                    for (long c = first; c < last; c++) {
-                        h[c] = wide(row[c]) * silu(wide(zrow[c]));
-                        sum += h[c] * h[c];
+            O *out = y + i * D;
+            for (long first = 0; first < D; first += width) {
+                const long last = first + width;
+                Lanes squares{};
+                for (long c = first; c < last; c += LANES) {
+                    __builtin_prefetch(row + ROWS_AHEAD * xs + c);
+                    Lanes v = some_lanes(row + c, last - c);
+                    if (gate == GATE_FIRST) {
+                        __builtin_prefetch(zrow + ROWS_AHEAD * zs + c);
+                        v *= silu(some_lanes(zrow + c, last - c));
                     }
-                } else {
-#pragma omp simd reduction(+ : sum)
-                    for (long c = first; c < last; c++) {
-                        h[c] = wide(row[c]);
-                        sum += h[c] * h[c];
-                    }
+                    squares += v * v;
+                    keep(h + c, v);
                 }
-                const float r = 1.f / std::sqrt(sum / width + eps);
-                scale[i * G + g] = r;
-                O *out = y + i * D;
-                if (gate == NORM_FIRST) {
-#pragma omp simd
-                    for (long c = first; c < last; c++) put(out[c], h[c] * r * weight[c] * silu(wide(zrow[c])));
-                } else {
-#pragma omp simd
-                    for (long c = first; c < last; c++) put(out[c], h[c] * r * weight[c]);
+                const float r = 1.f / std::sqrt(sum_of(squares) / width + eps);
+                scale[i * G + first / width] = r;
+                for (long c = first; c < last; c += LANES) {
+                    Lanes v = lanes(h + c) * r * some_lanes(weight + c, last - c);
+                    if (gate == NORM_FIRST) v *= silu(some_lanes(zrow + c, last - c));
+                    keep_some(out + c, v, last - c);
                 }
             }
         }
@@ -186,8 +184,8 @@ static void norm_backward(const T *x, long xs, const T *z, long zs, const float 
     std::vector<float> sums(parts * D, 0.f);
 #pragma omp parallel
     {
-        std::vector<float> room(3 * D);
-        float *normal = room.data(), *slope = normal + D, *s = slope + D;
+        std::vector<float> room(3 * (D + LANES));
+        float *normal = room.data(), *slope = normal + D + LANES, *s = slope + D + LANES;
 #pragma omp for schedule(static)
         for (long part = 0; part < parts; part++) {
             float *dw = sums.data() + part * D;
@@ -195,55 +193,43 @@ static void norm_backward(const T *x, long xs, const T *z, long zs, const float 
                 const T *row = x + i * xs, *zrow = z ? z + i * zs : nullptr;
                 const O *dout = dy + i * ds;
                 T *dxrow = dx + i * D, *dzrow = dz ? dz + i * dzs : nullptr;
-                for (long g = 0; g < G; g++) {
-                    const long first = g * width, last = first + width;
-                    const float r = scale[i * G + g];
-                    float along = 0.f;
-                    if (gate == NONE) {
-#pragma omp simd reduction(+ : along)
-                        for (long c = first; c < last; c++) {
-                            normal[c] = wide(row[c]) * r;
-                            dw[c] += wide(dout[c]) * normal[c];
-                            slope[c] = wide(dout[c]) * weight[c];
-                            along += slope[c] * normal[c];
+                for (long first = 0; first < D; first += width) {
+                    const long last = first + width;
+                    const float r = scale[i * G + first / width];
+                    Lanes sum{};
+                    for (long c = first; c < last; c += LANES) {
+                        const long rest = last - c;
+                        __builtin_prefetch(row + ROWS_AHEAD * xs + c);
+                        __builtin_prefetch(dout + ROWS_AHEAD * ds + c);
+                        Lanes unit = some_lanes(row + c, rest) * r, given = some_lanes(dout + c, rest);
+                        if (gate != NONE) {
+                            __builtin_prefetch(zrow + ROWS_AHEAD * zs + c);
+                            const Lanes v = some_lanes(zrow + c, rest), open = sigmoid(v);
+                            keep(s + c, open);
+                            (gate == GATE_FIRST ? unit : given) *= v * open;
                         }
-                    } else if (gate == GATE_FIRST) {
-#pragma omp simd reduction(+ : along)
-                        for (long c = first; c < last; c++) {
-                            s[c] = sigmoid(wide(zrow[c]));
-                            normal[c] = wide(row[c]) * wide(zrow[c]) * s[c] * r;
-                            dw[c] += wide(dout[c]) * normal[c];
-                            slope[c] = wide(dout[c]) * weight[c];
-                            along += slope[c] * normal[c];
-                        }
-                    } else {
-#pragma omp simd reduction(+ : along)
-                        for (long c = first; c < last; c++) {
-                            s[c] = sigmoid(wide(zrow[c]));
-                            normal[c] = wide(row[c]) * r;
-                            float gated = wide(dout[c]) * wide(zrow[c]) * s[c];
-                            dw[c] += gated * normal[c];
-                            slope[c] = gated * weight[c];
-                            along += slope[c] * normal[c];
-                        }
+                        const Lanes by_weight = given * some_lanes(weight + c, rest);
+                        keep_some(dw + c, some_lanes(dw + c, rest) + given * unit, rest);
+                        sum += by_weight * unit;
+                        keep(normal + c, unit);
+                        keep(slope + c, by_weight);
                     }
-                    along /= width;
-                    if (gate == NONE) {
-#pragma omp simd
-                        for (long c = first; c < last; c++) put(dxrow[c], r * (slope[c] - normal[c] * along));
-                    } else if (gate == GATE_FIRST) {
-#pragma omp simd
-                        for (long c = first; c < last; c++) {
-                            float dh = r * (slope[c] - normal[c] * along), v = wide(zrow[c]);
-                            put(dxrow[c], dh * v * s[c]);
-                            put(dzrow[c], dh * wide(row[c]) * s[c] * (1.f + v * (1.f - s[c])));
+                    const float along = sum_of(sum) / width;
+                    for (long c = first; c < last; c += LANES) {
+                        const long rest = last - c;
+                        const Lanes unit = lanes(normal + c), dh = r * (lanes(slope + c) - unit * along);
+                        if (gate == NONE) {
+                            keep_some(dxrow + c, dh, rest);
+                            continue;
                         }
-                    } else {
-#pragma omp simd
-                        for (long c = first; c < last; c++) {
-                            float v = wide(zrow[c]), at = wide(dout[c]) * normal[c] * weight[c];
-                            put(dxrow[c], r * (slope[c] - normal[c] * along));
-                            put(dzrow[c], at * s[c] * (1.f + v * (1.f - s[c])));
+                        const Lanes v = some_lanes(zrow + c, rest), open = lanes(s + c), bend = open * (1.f + v * (1.f - open));
+                        if (gate == GATE_FIRST) {
+                            keep_some(dxrow + c, dh * v * open, rest);
+                            keep_some(dzrow + c, dh * some_lanes(row + c, rest) * bend, rest);
+                        } else {
+                            const Lanes ungated = some_lanes(dout + c, rest) * unit * some_lanes(weight + c, rest);
+                            keep_some(dxrow + c, dh, rest);
+                            keep_some(dzrow + c, ungated * bend, rest);
                         }
                     }
                 }
@@ -265,8 +251,8 @@ template <class T>
 static void swiglu_forward(const T *gate, long gs, const T *up, long us, T *out, long n, long D) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++)
-#pragma omp simd
-        for (long c = 0; c < D; c++) put(out[i * D + c], silu(wide(gate[i * gs + c])) * wide(up[i * us + c]));
+        for (long c = 0; c < D; c += LANES)
+            keep_some(out + i * D + c, silu(some_lanes(gate + i * gs + c, D - c)) * some_lanes(up + i * us + c, D - c), D - c);
 }
 
 template <class T>
@@ -274,11 +260,11 @@ static void swiglu_backward(const T *gate, long gs, const T *up, long us, const 
                             long n, long D) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++)
-#pragma omp simd
-        for (long c = 0; c < D; c++) {
-            float g = wide(gate[i * gs + c]), u = wide(up[i * us + c]), d = wide(dy[i * ds + c]), s = sigmoid(g);
-            put(dup[i * os + c], d * g * s);
-            put(dgate[i * os + c], d * u * s * (1.f + g * (1.f - s)));
+        for (long c = 0; c < D; c += LANES) {
+            const Lanes g = some_lanes(gate + i * gs + c, D - c), u = some_lanes(up + i * us + c, D - c);
+            const Lanes d = some_lanes(dy + i * ds + c, D - c), s = sigmoid(g);
+            keep_some(dup + i * os + c, d * g * s, D - c);
+            keep_some(dgate + i * os + c, d * u * s * (1.f + g * (1.f - s)), D - c);
         }
 }
 
@@ -286,11 +272,9 @@ template <class T>
 static void relu2_forward(const T *x, long xs, T *out, long n, long D) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++)
-#pragma omp simd
-        for (long c = 0; c < D; c++) {
-            float v = wide(x[i * xs + c]);
-            v = v < 0.f ? 0.f : v;
-            put(out[i * D + c], v * v);
+        for (long c = 0; c < D; c += LANES) {
+            const Lanes v = larger(Lanes{}, some_lanes(x + i * xs + c, D - c));
+            keep_some(out + i * D + c, v * v, D - c);
         }
 }
 
@@ -298,11 +282,9 @@ template <class T>
 static void relu2_backward(const T *x, long xs, const T *dy, long ds, T *dx, long n, long D) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++)
-#pragma omp simd
-        for (long c = 0; c < D; c++) {
-            float v = wide(x[i * xs + c]);
-            v = v < 0.f ? 0.f : v;
-            put(dx[i * D + c], 2.f * v * wide(dy[i * ds + c]));
+        for (long c = 0; c < D; c += LANES) {
+            const Lanes v = larger(Lanes{}, some_lanes(x + i * xs + c, D - c));
+            keep_some(dx + i * D + c, 2.f * v * some_lanes(dy + i * ds + c, D - c), D - c);
         }
 }
 
@@ -310,14 +292,17 @@ static void relu2_backward(const T *x, long xs, const T *dy, long ds, T *dx, lon
 
 template <class T>
 static void log_sum_exp(const T *logits, float *lse, long n, long V) {
+    const long whole = V / LANES * LANES;
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++) {
         const T *row = logits + i * V;
-        float top = -INFINITY, sum = 0.f;
-#pragma omp simd reduction(max : top)
-        for (long c = 0; c < V; c++) top = std::max(top, wide(row[c]));
-#pragma omp simd reduction(+ : sum)
-        for (long c = 0; c < V; c++) sum += exp2_((wide(row[c]) - top) * LOG2_E);
+        Lanes tops = -INFINITY - Lanes{}, sums{};
+        for (long c = 0; c < whole; c += LANES) tops = larger(tops, lanes(row + c));
+        float top = largest_of(tops);
+        for (long c = whole; c < V; c++) top = std::max(top, wide(row[c]));
+        for (long c = 0; c < whole; c += LANES) sums += exp2_((lanes(row + c) - top) * LOG2_E);
+        float sum = sum_of(sums);
+        for (long c = whole; c < V; c++) sum += exp2_((wide(row[c]) - top) * LOG2_E);
         lse[i] = top + std::log(sum);
     }
 }
@@ -331,8 +316,8 @@ static void softmax_slope(T *logits, const float *lse, const float *share, const
         const float at = lse[i], by = share[i];
         const long aim = std::max<long>(target[i], 0);
         const float aimed = by * exp2_((wide(row[aim]) - at) * LOG2_E) - own[i];
-#pragma omp simd
-        for (long c = 0; c < V; c++) put(row[c], by * exp2_((wide(row[c]) - at) * LOG2_E));
+        for (long c = 0; c < V; c += LANES)
+            keep_some(row + c, exp2_((some_lanes(row + c, V - c) - at) * LOG2_E) * by, V - c);
         put(row[aim], aimed);
     }
 }

@@ -8,8 +8,7 @@
 #include "tiles.h"
 
 static inline Lanes decay(Lanes exponent) {  // at most 1, at least what keeps products normal: others are slow
-    exponent = exponent < 0.f ? exponent : Lanes{};
-    return exp2_(exponent > -63.f ? exponent : -63.f - Lanes{});
+    return exp2_(larger(-63.f - Lanes{}, smaller(Lanes{}, exponent)));
 }
 
 static const float LEAST = -43.668274f;  // the least log-decay worth computing, log(FLT_MIN) / 2
@@ -97,129 +96,152 @@ static void turned(const T *from, long stride, long tokens, const Sizes &z, T *o
     turn(panel, reinterpret_cast<uint32_t *>(out), z.Q / PER_WORD<T>, z.NW);
 }
 
-// First of all, for a team of threads: the decays, and B or C turned, (B, G, chunks, NW, Q).
-template <class T>
-static void prepare(const float *dt, const float *A, const int32_t *index, const Sizes &z, const Decays &d, const T *from,
-                    long fb, long ft, T *turned_) {
+// First of all, for a team of threads: the decays, and what the heads of a group share.
+template <class F>
+static void prepare(const float *dt, const float *A, const int32_t *index, const Sizes &z, const Decays &d, F shared) {
 #pragma omp for collapse(2) schedule(static)
     for (long b = 0; b < z.B; b++)
         for (long chunk = 0; chunk < z.chunks; chunk++) {
             room.reset();
             decays_of(dt, A, index, z, b, chunk, d);
-            for (long g = 0; g < z.G; g++)
-                turned(from + b * fb + chunk * z.Q * ft + g * z.N, ft, z.tokens(chunk), z,
-                       turned_ + ((b * z.G + g) * z.chunks + chunk) * z.NW * z.Q);
+            for (long g = 0; g < z.G; g++) shared(b, chunk, g);
         }
+}
+
+// What the heads of a group share of a chunk, (B, G, chunks, ...): the forward has all, the backward turned C
+template <class T>
+struct Shared {
+    T *turned, *rows;  // B (NW, Q), C (Q, NW)
+    float *dots;       // C B^T (Q, Q), where a column is not after its row, and to the end of its 16
+    Sizes z;
+
+    long at(long b, long g, long chunk) const { return ((b * z.G + g) * z.chunks + chunk) * z.Q; }
+    T *turned_of(long b, long g, long chunk) const { return turned + at(b, g, chunk) * z.NW; }
+    T *rows_of(long b, long g, long chunk) const { return rows + at(b, g, chunk) * z.NW; }
+    float *dots_of(long b, long g, long chunk) const { return dots + at(b, g, chunk) * z.Q; }
+};
+
+// panel = 4 rows of a right factor
+template <class T, int V>
+INLINED static inline void keep_panel(const Lanes (&tile)[4][V], uint32_t *panel, long width) {
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r += PER_WORD<T>)
+            store(panel + r / PER_WORD<T> * width + v * LANES,
+                  PER_WORD<T> == 2 ? in_pairs(tile[r][v], tile[r + PER_WORD<T> - 1][v]) : (Words)tile[r][v]);
+}
+
+template <class T>
+static inline void keep_panel_of(const float *from, uint32_t *panel, long rows, long width) {
+    tiles(rows, 0, width, [=](long r, long c, auto &tile) {
+        for (int k = 0; k < 4; k++)
+            for (int v = 0; v < WIDE(tile); v++) tile[k][v] = lanes(from + (r + k) * width + c + v * LANES);
+        keep_panel<T>(tile, panel + r / PER_WORD<T> * width + c, width);
+    });
 }
 
 template <class T>
 static void ssd_forward(const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt,
                         const T *C, long cb, long ct, const float *D, const int32_t *index, float *state, T *y, T *states,
-                        double *decays, T *turned_B, long rows, long S, long G, long R, long P, long N, long Q) {
-    // y (B, S, H, P); state (B, H, P, N), first, becomes the last; states (B, H, chunks, NW, PW) enter the chunks;
-    // decays and turned_B (B, G, chunks, NW, Q) are room
+                        double *decays, T *turned_B, T *rows_C, float *dots, long rows, long S, long G, long R, long P,
+                        long N, long Q) {
+    // y (B, S, H, P); state (B, H, P, N), first, becomes the last; states (B, H, chunks, NW, PW) enter the chunks, null
+    // if nobody wants them; decays and what is shared, see there, are room
     const Sizes z{rows, S, G, R, P, N, Q};
     const Decays d(decays, z);
+    const Shared<T> shared{turned_B, rows_C, dots, z};
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
 #pragma omp parallel
     {
-        prepare(dt, A, index, z, d, B, bb, bt, turned_B);
+        prepare(dt, A, index, z, d, [=](long b, long chunk, long g) {
+            const long start = chunk * Q, tokens = z.tokens(chunk);
+            T *Br = room.take<T>(Q * NW), *Cr = shared.rows_of(b, g, chunk);
+            uint32_t *Bp = room.take<uint32_t>(Q * NW / W);
+            float *CB = shared.dots_of(b, g, chunk);
+            turned(B + b * bb + start * bt + g * N, bt, tokens, z, shared.turned_of(b, g, chunk));
+            lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
+            lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
+            turn(Br, Bp, Q, NW / W);
+            for (long i = 0; i < Q; i += 16)
+                tiles(16, 0, i + 16, [=](long r, long j, auto &tile) {
+                    multiply(tile, Cr + (i + r) * NW, NW / W, Bp + j, Q, NW / W);
+                    for (int k = 0; k < 4; k++) std::memcpy(CB + (i + r + k) * Q + j, tile[k], sizeof tile[k]);
+                });
+        });
 #pragma omp for collapse(2) schedule(dynamic)
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
                 room.reset();
                 float *S_ = room.take<float>(NW * PW), *given = state + (b * H + h) * P * N, *weight = room.take<float>(Q);
-                uint32_t *left = room.take<uint32_t>(Q / W * PW);
+                float *from = room.take<float>(Q), *step = room.take<float>(Q), *to = room.take<float>(16);
+                uint32_t *left = room.take<uint32_t>(Q / W * PW), *xp = room.take<uint32_t>(Q / W * PW);
+                uint32_t *Sp = room.take<uint32_t>(NW / W * PW);
+                T *M = room.take<T>(16 * Q);
+                int32_t *document = room.take<int32_t>(Q);
+                const float skip = D ? D[h] : 0.f;
                 std::fill(S_, S_ + NW * PW, 0.f);
                 for (long n = 0; n < N; n++)
                     for (long p = 0; p < P; p++) S_[n * PW + p] = given[p * N + n];
+                uint32_t *panel = states ? reinterpret_cast<uint32_t *>(states) + (b * H + h) * chunks * (NW / W) * PW : Sp;
+                keep_panel_of<T>(S_, panel, NW, PW);
+                std::fill(step, step + Q, 0.f);
                 for (long chunk = 0; chunk < chunks; chunk++) {
                     const long at = ((b * H + h) * chunks + chunk) * Q, tokens = z.tokens(chunk), start = chunk * Q;
-                    T *into = states + ((b * H + h) * chunks + chunk) * NW * PW;
-                    const T *Bt = turned_B + ((b * G + h / R) * chunks + chunk) * NW * Q;
+                    const T *x_ = x + b * xb + start * xt + h * P, *Cr = shared.rows_of(b, h / R, chunk);
+                    const T *Bt = shared.turned_of(b, h / R, chunk);
+                    const float *CB = shared.dots_of(b, h / R, chunk);
+                    T *y_ = y + ((b * S + start) * H + h) * P;
+                    const Between between{d.sums + at, document};
+                    documents_of(index, z, b, chunk, document);
+                    for (long q = 0; q < tokens; q++) step[q] = dt[(b * S + start + q) * H + h];
+                    for (long q = 0; q < tokens; q++) weight[q] = d.leave[at + q] * step[q];
+                    pack(x_, xt, tokens, P, (float *)nullptr, xp, Q, PW);
+                    pack(x_, xt, tokens, P, weight, left, Q, PW);
+                    for (long first = 0; first < tokens; first += 16) {
+                        for (long r = 0; r < 16; r++) fetch_to_write(y_ + (first + r) * H * P, P);
+                        between.by(first, 0, first, from);
+                        between.by(first, first, first + 16, to);
+                        for (long j = 0; j < first; j++) from[j] *= step[j];
+                        for (long r = 0; r < 16; r++) {
+                            const float *dots = CB + (first + r) * Q;
+                            for (long j = 0; j < first; j += LANES)
+                                keep(M + r * Q + j, lanes(from + j) * lanes(dots + j) * to[r]);
+                            keep(M + r * Q + first,
+                                 between.to(first + r, first) * lanes(step + first) * lanes(dots + first));
+                        }
+                        tiles(16, 0, PW, [=](long r, long p, auto &tile) {
+                            multiply(tile, Cr + (first + r) * NW, NW / W, panel + p, PW, NW / W);
+                            for (int k = 0; k < 4; k++)
+                                for (auto &v : tile[k]) v *= d.enter[at + first + r + k];
+                            multiply(tile, M + r * Q, Q / W, xp + p, PW, (first + r + 4) / W);
+                            const long q = first + r;
+                            for (int k = 0; k < 4; k++)
+                                for (int v = 0; v < WIDE(tile); v++)
+                                    tile[k][v] += row_of_panel<T>(xp + p + v * LANES, PW, q + k) * skip;
+                            keep_tile(tile, y_ + q * H * P + p, H * P, tokens - q, P - p);
+                        });
+                    }
                     const float through = d.enter[at + Q - 1];
-                    for (long q = 0; q < tokens; q++) weight[q] = d.leave[at + q] * dt[(b * S + start + q) * H + h];
-                    pack(x + b * xb + start * xt + h * P, xt, tokens, P, weight, left, Q, PW);
+                    panel = states && chunk + 1 < chunks ? panel + NW / W * PW : Sp;
                     tiles(NW, 0, PW, [=](long n, long p, auto &tile) {
                         multiply(tile, Bt + n * Q, Q / W, left + p, PW, Q / W);
                         for (int r = 0; r < 4; r++)
-                            for (auto &v : tile[r]) {
-                                const long at = (n + r) * PW + p + (&v - tile[r]) * LANES;
-                                const Lanes before = lanes(S_ + at);
-                                keep(into + at, before);
-                                keep(S_ + at, before * through + v);
+                            for (int v = 0; v < WIDE(tile); v++) {
+                                float *at = S_ + (n + r) * PW + p + v * LANES;
+                                tile[r][v] += lanes(at) * through;
+                                keep(at, tile[r][v]);
                             }
+                        keep_panel<T>(tile, panel + n / W * PW + p, PW);
                     });
                 }
                 for (long n = 0; n < N; n++)
                     for (long p = 0; p < P; p++) given[p * N + n] = S_[n * PW + p];
             }
-
-#pragma omp for collapse(3) schedule(dynamic)
-        for (long b = 0; b < rows; b++)
-            for (long chunk = 0; chunk < chunks; chunk++)
-                for (long g = 0; g < G; g++) {
-                    room.reset();
-                    const long start = chunk * Q, tokens = z.tokens(chunk);
-                    int32_t *document = room.take<int32_t>(Q);
-                    T *Br = room.take<T>(Q * NW), *Cr = room.take<T>(Q * NW), *M = room.take<T>(16 * Q);
-                    uint32_t *Bp = room.take<uint32_t>(Q * NW / W), *Sp = room.take<uint32_t>(NW / W * PW);
-                    uint32_t *xp = room.take<uint32_t>(Q / W * PW);
-                    float *CB = room.take<float>(Q * Q), *from = room.take<float>(Q), *step = room.take<float>(Q);
-                    float *to = room.take<float>(16);
-                    documents_of(index, z, b, chunk, document);
-                    lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
-                    lay(C + b * cb + start * ct + g * N, ct, tokens, N, Cr, Q, NW);
-                    turn(Br, Bp, Q, NW / W);
-                    for (long i = 0; i < Q; i += 16)
-                        tiles(16, 0, i + 16, [=](long r, long j, auto &tile) {
-                            multiply(tile, Cr + (i + r) * NW, NW / W, Bp + j, Q, NW / W);
-                            for (int k = 0; k < 4; k++) std::memcpy(CB + (i + r + k) * Q + j, tile[k], sizeof tile[k]);
-                        });
-                    std::fill(step, step + Q, 0.f);
-                    for (long h = g * R; h < (g + 1) * R; h++) {
-                        const long at = ((b * H + h) * chunks + chunk) * Q;
-                        const T *x_ = x + b * xb + start * xt + h * P;
-                        const Between between{d.sums + at, document};
-                        const float skip = D ? D[h] : 0.f;
-                        for (long q = 0; q < tokens; q++) step[q] = dt[(b * S + start + q) * H + h];
-                        pack(states + ((b * H + h) * chunks + chunk) * NW * PW, PW, NW, PW, (float *)nullptr, Sp, NW, PW);
-                        pack(x_, xt, tokens, P, (float *)nullptr, xp, Q, PW);
-                        for (long first = 0; first < tokens; first += 16) {
-                            between.by(first, 0, first, from);
-                            between.by(first, first, first + 16, to);
-                            for (long j = 0; j < first; j++) from[j] *= step[j];
-                            for (long r = 0; r < 16; r++) {
-                                const float *dots = CB + (first + r) * Q;
-                                for (long j = 0; j < first; j += LANES)
-                                    keep(M + r * Q + j, lanes(from + j) * lanes(dots + j) * to[r]);
-                                keep(M + r * Q + first,
-                                     between.to(first + r, first) * lanes(step + first) * lanes(dots + first));
-                            }
-                            tiles(16, 0, PW, [=](long r, long p, auto &tile) {
-                                multiply(tile, Cr + (first + r) * NW, NW / W, Sp + p, PW, NW / W);
-                                for (int k = 0; k < 4; k++)
-                                    for (auto &v : tile[k]) v *= d.enter[at + first + r + k];
-                                multiply(tile, M + r * Q, Q / W, xp + p, PW, (first + r + 4) / W);
-                                for (int k = 0; k < 4; k++) {
-                                    const long q = first + r + k;
-                                    if (q >= tokens) break;
-                                    for (auto &v : tile[k]) {
-                                        const long c = p + (&v - tile[k]) * LANES;
-                                        v += some_lanes(x_ + q * xt + c, P - c) * skip;
-                                        keep_some(y + ((b * S + start + q) * H + h) * P + c, v, P - c);
-                                    }
-                                }
-                            });
-                        }
-                    }
-                }
     }
 }
 
 // sum += tile, its columns times `by`; along += its product with `other`, over its rows. All of Q columns.
 template <class T, int V>
-static inline void add_scaled(const Lanes (&tile)[4][V], long row, long column, const float *by, long Q, float *sum,
+INLINED static inline void add_scaled(const Lanes (&tile)[4][V], long row, long column, const float *by, long Q, float *sum,
                               const T *other, float *along) {
     for (int v = 0; v < V; v++) {
         const long c = column + v * LANES;
@@ -249,7 +271,10 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
 #pragma omp parallel
     {
-        prepare(dt, A, index, z, d, C, cb, ct, turned_C);
+        prepare(dt, A, index, z, d, [=](long b, long chunk, long g) {
+            turned(C + b * cb + chunk * Q * ct + g * N, ct, z.tokens(chunk), z,
+                   turned_C + ((b * G + g) * chunks + chunk) * NW * Q);
+        });
 #pragma omp for collapse(2) schedule(dynamic)
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
@@ -261,20 +286,23 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     for (long p = 0; p < P; p++) dS[n * PW + p] = given[p * N + n];
                 for (long chunk = chunks - 1; chunk >= 0; chunk--) {
                     const long at = ((b * H + h) * chunks + chunk) * Q, one = at / Q * NW * PW;
-                    const T *S_ = states + one, *Ct = turned_C + ((b * G + h / R) * chunks + chunk) * NW * Q;
+                    const uint32_t *Sp = reinterpret_cast<const uint32_t *>(states) + one / W;
+                    const T *Ct = turned_C + ((b * G + h / R) * chunks + chunk) * NW * Q;
                     const float through = d.enter[at + Q - 1];
                     Lanes along = {};
                     pack(dy + b * dyb + chunk * Q * dyt + h * P, dyt, z.tokens(chunk), P, d.enter + at, entered, Q, PW);
                     tiles(NW, 0, PW, [=, &along](long n, long p, auto &tile) {
                         multiply(tile, Ct + n * Q, Q / W, entered + p, PW, Q / W);
+                        Lanes sum = {};
                         for (int r = 0; r < 4; r++)
-                            for (auto &v : tile[r]) {
-                                const long at = (n + r) * PW + p + (&v - tile[r]) * LANES;
+                            for (int v = 0; v < WIDE(tile); v++) {
+                                const long at = (n + r) * PW + p + v * LANES;
                                 const Lanes after = lanes(dS + at);
-                                along += after * lanes(S_ + at);
+                                sum += after * row_of_panel<T>(Sp + p + v * LANES, PW, n + r);
                                 keep(d_states + one + at, after);
-                                keep(dS + at, after * through + v);
+                                keep(dS + at, after * through + tile[r][v]);
                             }
+                        along += sum;
                     });
                     d_through[at / Q] = sum_of(along) * through;
                 }
@@ -290,7 +318,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     const long start = chunk * Q, tokens = z.tokens(chunk);
                     int32_t *document = room.take<int32_t>(Q);
                     T *Br = room.take<T>(Q * NW), *Bt = room.take<T>(NW * Q), *xr = room.take<T>(Q * PW);
-                    T *dyr = room.take<T>(Q * PW), *Mt = room.take<T>(Q * Q);
+                    T *dyr = room.take<T>(Q * PW), *Mt = room.take<T>(Q * Q), *Sr = room.take<T>(NW * PW);
                     const T *Ct = turned_C + ((b * G + g) * chunks + chunk) * NW * Q;
                     uint32_t *xtp = room.take<uint32_t>(PW / W * Q), *dytp = room.take<uint32_t>(PW / W * Q);
                     uint32_t *dyp = room.take<uint32_t>(Q / W * PW), *dSp = room.take<uint32_t>(NW / W * PW);
@@ -298,7 +326,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     float *dBt = room.take<float>(NW * Q), *dCt = room.take<float>(NW * Q);
                     float *step = room.take<float>(Q), *weight = room.take<float>(Q), *from = room.take<float>(Q);
                     float *d_sums = room.take<float>(Q), *d_enter = room.take<float>(Q), *d_leave = room.take<float>(Q);
-                    float *slopes = room.take<float>(Q), *to = room.take<float>(16), *near = room.take<float>(16 * 16);
+                    float *slopes = room.take<float>(Q), *along = room.take<float>(Q * LANES), *d_step = room.take<float>(Q);
+                    float *to = room.take<float>(16), *near = room.take<float>(16 * 16);
                     documents_of(index, z, b, chunk, document);
                     lay(B + b * bb + start * bt + g * N, bt, tokens, N, Br, Q, NW);
                     turned(B + b * bb + start * bt + g * N, bt, tokens, z, Bt);
@@ -321,6 +350,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     for (long h = g * R; h < (g + 1) * R; h++) {
                         const long at = ((b * H + h) * chunks + chunk) * Q, one = at / Q * NW * PW;
                         const Between between{d.sums + at, document};
+                        // What the next head reads is called for while this one multiplies.
+                        const long next = h + 1 < (g + 1) * R ? one + chunks * NW * PW : one;
                         for (long q = 0; q < tokens; q++) step[q] = dt[(b * S + start + q) * H + h];
                         for (long q = 0; q < Q; q++) weight[q] = d.leave[at + q] * step[q];
                         lay(x + b * xb + start * xt + h * P, xt, tokens, P, xr, Q, PW);
@@ -329,10 +360,10 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                         turn(dyr, dytp, Q, PW / W);
                         pack(dyr, PW, Q, PW, (float *)nullptr, dyp, Q, PW);
                         pack(d_states + one, PW, NW, PW, (float *)nullptr, dSp, NW, PW);
+                        unpack(reinterpret_cast<const uint32_t *>(states) + one / W, Sr, NW, PW);
                         std::fill(d_sums, d_sums + Q, 0.f);
                         std::fill(d_enter, d_enter + Q, 0.f);
                         std::fill(d_leave, d_leave + Q, 0.f);
-                        std::fill(slopes, slopes + Q, 0.f);
 
                         // y_i has sum_j M_ij dt_j x_j with M = L o C B^T. Row and column sums of dM o M are of the
                         // same numbers, so that what cancels in the sum over tokens does.
@@ -357,58 +388,71 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                                     }
                                     keep(d_sums + c, across);
                                 }
-                                for (int k = 0; k < 4; k++) slopes[first + r + k] += sum_of(down[k]);
+                                for (int k = 0; k < 4; k++) {
+                                    float *to = along + (first + r + k) * LANES;
+                                    keep(to, i > first ? lanes(to) + down[k] : down[k]);
+                                }
                             });
                         }
+                        for (long j = 0; j < Q; j += 16) keep(slopes + j, sums_of(along + j * LANES));
 
                         // y_i has enter_i C_i S
                         tiles(NW, 0, Q, [=](long n, long i, auto &tile) {
-                            multiply(tile, states + one + n * PW, PW / W, dytp + i, Q, PW / W);
+                            if (i == 0) call_for(states + next + n * PW, 4 * PW * sizeof(T));
+                            multiply(tile, Sr + n * PW, PW / W, dytp + i, Q, PW / W);
                             add_scaled(tile, n, i, d.enter + at, Q, dCt, Ct, d_enter);
                         });
 
                         // The state that leaves has sum_j leave_j B_j dt_j x_j
                         tiles(NW, 0, Q, [=](long n, long j, auto &tile) {
+                            if (j == 0) call_for(d_states + next + n * PW, 4 * PW * sizeof(T));
                             multiply(tile, d_states + one + n * PW, PW / W, xtp + j, Q, PW / W);
                             add_scaled(tile, n, j, weight, Q, dBt, Bt, d_leave);
                         });
 
-                        float skipped = 0;
+                        Lanes skipped = {};
                         double by_A = 0;
                         const float skip = D ? D[h] : 0.f;
-                        float *d_step = d_dt + (b * S + start) * H + h;
-                        for (long q = 0; q < tokens; q++) d_step[q * H] = 0;
+                        T *dx_ = dx + b * dx_row + start * dx_token + h * P;
                         tiles(padded(tokens), 0, PW, [=, &skipped](long j, long p, auto &tile) {
+                            for (long q = j; p == 0 && next != one && q < std::min(j + 4, tokens); q++) {
+                                call_for(x + b * xb + (start + q) * xt + (h + 1) * P, P * sizeof(T));
+                                call_for(dy + b * dyb + (start + q) * dyt + (h + 1) * P, P * sizeof(T));
+                            }
                             multiply(tile, Br + j * NW, NW / W, dSp + p, PW, NW / W);
                             for (int k = 0; k < 4; k++)
                                 for (auto &v : tile[k]) v *= d.leave[at + j + k];
                             multiply(tile, Mt + j * Q + j, Q / W, dyp + j / W * PW + p, PW, (Q - j) / W);
+                            Lanes skips = {};
                             for (int k = 0; k < 4; k++) {
-                                const long q = j + k;
-                                if (q >= tokens) break;
-                                Lanes along = {}, around = {};
-                                for (auto &v : tile[k]) {
-                                    const long c = p + (&v - tile[k]) * LANES;
-                                    const Lanes value = lanes(xr + q * PW + c), slope = lanes(dyr + q * PW + c);
-                                    along += v * value;
-                                    around += slope * value;
-                                    keep_some(dx + b * dx_row + (start + q) * dx_token + h * P + c, v * step[q] + slope * skip, P - c);
+                                Lanes sum = {};
+                                for (int v = 0; v < WIDE(tile); v++) {
+                                    const long c = (j + k) * PW + p + v * LANES;
+                                    const Lanes slope = lanes(dyr + c), value = lanes(xr + c);
+                                    sum += tile[k][v] * value;
+                                    skips += slope * value;
+                                    tile[k][v] = tile[k][v] * step[j + k] + slope * skip;
                                 }
-                                d_step[q * H] += sum_of(along);
-                                skipped += sum_of(around);
+                                float *to = along + (j + k) * LANES;
+                                keep(to, p ? lanes(to) + sum : sum);
                             }
+                            skipped += skips;
+                            keep_tile(tile, dx_ + j * dx_token + p, dx_token, tokens - j, P - p);
                         });
-                        dD[(b * chunks + chunk) * H + h] = skipped;
+                        for (long j = 0; j < tokens; j += 16) keep(d_step + j, sums_of(along + j * LANES));
+                        dD[(b * chunks + chunk) * H + h] = sum_of(skipped);
 
                         double sum = d_through[at / Q];
                         for (long q = 0; q < Q; q++) sum += d_leave[q];
                         for (long q = Q - 1; q >= 0; q--) {
                             if (q < Q - 1 && document[q] != document[q + 1]) sum = 0;
                             sum += d_sums[q] - slopes[q] + d_enter[q] - d_leave[q];
-                            if (q < tokens && step[q] * A[h] >= LEAST) {  // else it was bounded
-                                d_step[q * H] += sum * A[h];
+                            if (q >= tokens) continue;
+                            if (step[q] * A[h] >= LEAST) {  // else it was bounded
+                                d_step[q] += sum * A[h];
                                 by_A += sum * step[q];
                             }
+                            d_dt[(b * S + start + q) * H + h] = d_step[q];
                         }
                         dA[(b * chunks + chunk) * H + h] = by_A;
                     }
@@ -436,9 +480,10 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
 #define SSD_FORWARD(T)                                                                                               \
     (const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt, const T *C, long cb, \
      long ct, const float *D, const int32_t *index, float *state, T *y, T *states, double *decays, T *turned_B,        \
-     long rows, long S, long G, long R, long P, long N, long Q)
+     T *rows_C, float *dots, long rows, long S, long G, long R, long P, long N, long Q)
 BOTH(ssd_forward, SSD_FORWARD,
-     (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, state, y, states, decays, turned_B, rows, S, G, R, P, N, Q))
+     (x, xb, xt, dt, A, B, bb, bt, C, cb, ct, D, index, state, y, states, decays, turned_B, rows_C, dots, rows, S, G, R,
+      P, N, Q))
 
 #define SSD_BACKWARD(T)                                                                                              \
     (const T *x, long xb, long xt, const float *dt, const float *A, const T *B, long bb, long bt, const T *C, long cb, \

@@ -14,14 +14,21 @@
 #include <immintrin.h>
 #endif
 
+#define INLINED __attribute__((always_inline))  // what works on a tile: else it leaves the registers
+
 static const long LANES = 16;
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t Pairs __attribute__((vector_size(64)));
 
 static const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#define ALTERNATELY(a, b) /* numbers a, b, a + 1, b + 1, ... */                                                 \
+    {a,      b,      a + 1,  b + 1,  a + 2,  b + 2,  a + 3,  b + 3,  a + 4,  b + 4,  a + 5,  b + 5,  a + 6,  b + 6, \
+     a + 7,  b + 7,  a + 8,  b + 8,  a + 9,  b + 9,  a + 10, b + 10, a + 11, b + 11, a + 12, b + 12, a + 13, b + 13, \
+     a + 14, b + 14, a + 15, b + 15}
 
 template <class V>
 static inline V load(const void *from) {
@@ -37,7 +44,13 @@ static inline void store(void *to, V v) {
 
 static inline Lanes lanes(const float *from) { return load<Lanes>(from); }
 
-static inline Lanes lanes(const bf16 *from) { return (Lanes)(__builtin_convertvector(load<Halves>(from), Words) << 16); }
+static inline Lanes lanes(const bf16 *from) {
+#ifdef __AVX512F__
+    return (Lanes)((Words)_mm512_cvtepu16_epi32((__m256i)load<Halves>(from)) << 16);
+#else
+    return (Lanes)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
+}
 
 static inline Words rounded(Lanes v) {  // bfloat16 in the upper half of each word; see put
     const Words bits = (Words)v;
@@ -51,6 +64,16 @@ static inline void keep(bf16 *to, Lanes v) {
     store(to, _mm512_cvtneps_pbh((__m512)v));
 #else
     store(to, __builtin_convertvector(rounded(v) >> 16, Halves));
+#endif
+}
+
+// Words of two bfloat16: `even` in the lower halves, `odd` in the upper
+static inline Words in_pairs(Lanes even, Lanes odd) {
+#ifdef __AVX512BF16__
+    const Pairs halves = (Pairs)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Words)__builtin_shuffle(halves, (Pairs ALTERNATELY(0, 16)));
+#else
+    return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
 #endif
 }
 
@@ -77,9 +100,25 @@ static inline float sum_of(Lanes v) {
     return v[0] + v[1];
 }
 
+static inline Lanes larger(Lanes a, Lanes b) {  // b where either is no number
+#ifdef __AVX512F__
+    return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+static inline Lanes smaller(Lanes a, Lanes b) {  // likewise
+#ifdef __AVX512F__
+    return (Lanes)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 static inline Lanes exp2_(Lanes x) {  // as of one number
     const Lanes magic = 12582912.f - Lanes{};  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    x = x < -126.f ? -126.f - Lanes{} : (x > 126.f ? 126.f - Lanes{} : x);
+    x = smaller(126.f - Lanes{}, larger(-126.f - Lanes{}, x));
     const Lanes shifted = x + magic;
     return exp2_of_fraction(x - (shifted - magic)) * (Lanes)(((Words)shifted << 23) + (127u << 23));
 }
@@ -100,8 +139,6 @@ static inline Lanes silu_slope(Lanes x) {
     const Lanes s = sigmoid(x);
     return s * (1.f + x * (1.f - s));
 }
-
-static inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 static inline float largest_of(Lanes v) {
     v = larger(v, __builtin_shuffle(v, Words{8, 9, 10, 11, 12, 13, 14, 15}));
@@ -133,7 +170,7 @@ inline Lanes multiply_add<bf16>(Lanes sum, uint32_t left, Words right) {
 
 // tile += left right: rows `stride` words apart, `words` of them
 template <class T, int V>
-__attribute__((always_inline)) static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride,
+INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride,
                                                            const uint32_t *panel, long width, long words) {
     const uint32_t *rows = reinterpret_cast<const uint32_t *>(left);
     Lanes sum[4][V];
@@ -184,6 +221,26 @@ static inline void add_product(const T *left, long rows, const uint32_t *panel, 
     });
 }
 
+template <class T>
+static void keep_corner(const float *from, long width, T *to, long stride, long rows, long columns) {
+    for (long r = 0; r < rows; r++)
+        for (long c = 0; c < columns; c++) put(to[r * stride + c], from[r * width + c]);
+}
+
+// to = tile, of whose 4 rows so many are there, and so many columns
+template <class T, int V>
+INLINED static inline void keep_tile(const Lanes (&tile)[4][V], T *to, long stride, long rows, long columns) {
+    if (rows >= 4 && columns >= V * LANES) {
+        for (int r = 0; r < 4; r++)
+            for (int v = 0; v < V; v++) keep(to + r * stride + v * LANES, tile[r][v]);
+        return;
+    }
+    float copy[4 * V * LANES];  // so that the tile itself need not be in memory
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < V; v++) keep(copy + (r * V + v) * LANES, tile[r][v]);
+    keep_corner(copy, V * LANES, to, stride, std::min(4L, rows), std::min<long>(V * LANES, columns));
+}
+
 static inline void turn_block(Words (&v)[16]) {  // 16 x 16 words, by halves
 #define STEP(s, low, high)                                          \
     for (int i = 0; i < 16; i++)                                    \
@@ -201,6 +258,15 @@ static inline void turn_block(Words (&v)[16]) {  // 16 x 16 words, by halves
     STEP(1, (Words{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}),
          (Words{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}))
 #undef STEP
+}
+
+static inline Lanes sums_of(const float *rows) {  // of 16 rows of 16 numbers
+    Words v[16];
+    for (int i = 0; i < 16; i++) v[i] = load<Words>(rows + i * LANES);
+    turn_block(v);
+    Lanes sum{};
+    for (int i = 0; i < 16; i++) sum += (Lanes)v[i];
+    return sum;
 }
 
 // to (columns, rows) = from (rows, columns), in words
@@ -222,6 +288,16 @@ static inline void fetch(const T *row, long columns) {
     for (long c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
 }
 
+// Into the second level of the cache, for later
+static inline void call_for(const void *from, long bytes) {
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char *>(from) + at, 0, 2);
+}
+
+template <class T>
+static inline void fetch_to_write(T *row, long columns) {
+    for (long c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c, 1);
+}
+
 template <class T>
 static inline void row_lanes(const T *from, long stride, long row, long rows, long column, long columns,
                              const float *factor, Lanes &v) {
@@ -233,23 +309,68 @@ static inline void row_lanes(const T *from, long stride, long row, long rows, lo
     }
 }
 
+// panel = pairs of two rows of bfloat16, as far as they fill vectors; returns the columns done
+static inline long pack_pair(const bf16 *even, const bf16 *odd, long columns, const float *factor, uint32_t *panel) {
+    long c = 0;
+    if (factor) {
+        for (; c + LANES <= columns; c += LANES)
+            store(panel + c, in_pairs(lanes(even + c) * factor[0], lanes(odd + c) * factor[1]));
+        return c;
+    }
+    for (; c + 2 * LANES <= columns; c += 2 * LANES) {
+        const Pairs a = load<Pairs>(even + c), b = load<Pairs>(odd + c);
+        store(panel + c, __builtin_shuffle(a, b, (Pairs ALTERNATELY(0, 32))));
+        store(panel + c + LANES, __builtin_shuffle(a, b, (Pairs ALTERNATELY(16, 48))));
+    }
+    return c;
+}
+
+static inline long pack_pair(const float *, const float *, long, const float *, uint32_t *) { return 0; }
+
 // The panel of a right factor of `rows` rows, times `factor` of each unless null, zeros beyond: (height / PER_WORD, width)
 template <class T>
 static inline void pack(const T *from, long stride, long rows, long columns, const float *factor, uint32_t *panel,
                         long height, long width) {
     for (long k = 0; k < height / PER_WORD<T>; k++) {
         for (long r = 0; r < PER_WORD<T>; r++) fetch(from + (PER_WORD<T> * k + r + AHEAD) * stride, columns);
-        for (long c = 0; c < width; c += LANES) {
+        long c = 0;
+        if (2 * k + 1 < rows)
+            c = pack_pair(from + 2 * k * stride, from + (2 * k + 1) * stride, columns, factor ? factor + 2 * k : nullptr,
+                          panel + k * width);
+        for (; c < width; c += LANES) {
             Lanes even, odd;
             row_lanes(from, stride, PER_WORD<T> * k, rows, c, columns, factor, even);
             if (PER_WORD<T> == 2) {
                 row_lanes(from, stride, 2 * k + 1, rows, c, columns, factor, odd);
-                store(panel + k * width + c, factor ? (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u)
-                                                    : ((Words)even >> 16) | (Words)odd);
+                store(panel + k * width + c, in_pairs(even, odd));
             } else
                 store(panel + k * width + c, even);
         }
     }
+}
+
+static const Pairs EVEN = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                           32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+
+// One row of a panel
+template <class T>
+static inline Lanes row_of_panel(const uint32_t *panel, long width, long row) {
+    const Words words = load<Words>(panel + row / PER_WORD<T> * width);
+    return (Lanes)(PER_WORD<T> == 1 ? words : row % 2 ? words & 0xffff0000u : words << 16);
+}
+
+// The rows of a panel
+static inline void unpack(const uint32_t *panel, bf16 *to, long height, long width) {
+    for (long r = 0; r < height; r += 2)
+        for (long c = 0; c < width; c += 2 * LANES) {
+            const Pairs a = load<Pairs>(panel + r / 2 * width + c), b = load<Pairs>(panel + r / 2 * width + c + LANES);
+            store(to + r * width + c, __builtin_shuffle(a, b, EVEN));
+            store(to + (r + 1) * width + c, __builtin_shuffle(a, b, EVEN + 1));
+        }
+}
+
+static inline void unpack(const uint32_t *panel, float *to, long height, long width) {
+    std::memcpy(to, panel, height * width * sizeof *to);
 }
 
 // A copy in rows of `width`, zeros beyond `rows` and `columns`
