@@ -110,7 +110,7 @@ static void attention_forward(const T *q, long qb, long qt, const T *k, long kb,
                             for (int n = 0; n < 4; n++)
                                 for (auto &s : tile[n])
                                     s = lanes(sum + (r + n) * PW + p + (&s - tile[n]) * LANES) * fade[r + n];
-                            multiply(tile, weights + r * BLOCK, BLOCK / W, V + p, PW, BLOCK / W);
+                            add_multiple(tile, weights + r * BLOCK, BLOCK / W, V + p, PW, BLOCK / W);
                             for (int n = 0; n < 4; n++)
                                 for (auto &s : tile[n]) keep(sum + (r + n) * PW + p + (&s - tile[n]) * LANES, s);
                         });
@@ -182,7 +182,7 @@ static void attention_backward(const T *q, long qb, long qt, const T *k, long kb
                         const uint32_t *Qt_ = Qt + start * PW / W, *dYt_ = dYt + start * PW / W;
                         const bool whole = first + BLOCK <= a.L + start + 1 && lows[start + BLOCK - 1] <= first;
                         tiles(BLOCK, 0, BLOCK, [=](long r, long i, auto &tile) {
-                            std::remove_reference_t<decltype(tile)> score = {};
+                            std::remove_reference_t<decltype(tile)> score;
                             multiply(score, Kr + r * PW, PW / W, Qt_ + i, BLOCK, PW / W);
                             multiply(tile, Vr + r * PW, PW / W, dYt_ + i, BLOCK, PW / W);
                             for (int n = 0; n < 4; n++)

@@ -212,7 +212,7 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                             multiply(tile, Cr + (first + r) * NW, NW / W, panel + p, PW, NW / W);
                             for (int k = 0; k < 4; k++)
                                 for (auto &v : tile[k]) v *= d.enter[at + first + r + k];
-                            multiply(tile, M + r * Q, Q / W, xp + p, PW, (first + r + 4) / W);
+                            add_multiple(tile, M + r * Q, Q / W, xp + p, PW, (first + r + 4) / W);
                             const long q = first + r;
                             for (int k = 0; k < 4; k++)
                                 for (int v = 0; v < WIDE(tile); v++)
@@ -422,7 +422,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                             multiply(tile, Br + j * NW, NW / W, dSp + p, PW, NW / W);
                             for (int k = 0; k < 4; k++)
                                 for (auto &v : tile[k]) v *= d.leave[at + j + k];
-                            multiply(tile, Mt + j * Q + j, Q / W, dyp + j / W * PW + p, PW, (Q - j) / W);
+                            add_multiple(tile, Mt + j * Q + j, Q / W, dyp + j / W * PW + p, PW, (Q - j) / W);
                             Lanes skips = {};
                             for (int k = 0; k < 4; k++) {
                                 Lanes sum = {};

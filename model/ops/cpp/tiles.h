@@ -168,10 +168,10 @@ inline Lanes multiply_add<bf16>(Lanes sum, uint32_t left, Words right) {
 #endif
 }
 
-// tile += left right: rows `stride` words apart, `words` of them
+// tile += left right
 template <class T, int V>
-INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride,
-                                                           const uint32_t *panel, long width, long words) {
+INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
+                                        long words) {
     const uint32_t *rows = reinterpret_cast<const uint32_t *>(left);
     Lanes sum[4][V];
     for (int r = 0; r < 4; r++)
@@ -186,18 +186,27 @@ INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long str
         for (int v = 0; v < V; v++) tile[r][v] = sum[r][v];
 }
 
+// tile = left right: rows `stride` words apart, `words` of them
+template <class T, int V>
+INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
+                                    long words) {
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < V; v++) tile[r][v] = Lanes{};
+    add_multiple(tile, left, stride, panel, width, words);
+}
+
 #define WIDE(tile) int(sizeof(tile[0]) / sizeof(tile[0][0]))
 
 template <int V, class F>
 static inline void tiles_down(long rows, long column, F work) {
     for (long row = 0; row < rows; row += 4) {
-        Lanes tile[4][V] = {};
+        Lanes tile[4][V];
         work(row, column, tile);
     }
 }
 
-// work(row, column, tile) for every tile, zero at first, of `rows` rows and the columns from `first` to `end`. What it
-// captures by value stays in registers.
+// work(row, column, tile) for every tile of `rows` rows and the columns from `first` to `end`. What it captures by value
+// stays in registers.
 template <class F>
 static inline void tiles(long rows, long first, long end, F work) {
     for (long column = first; column < end;) switch (std::min<long>(4, (end - column) / LANES)) {
