@@ -25,7 +25,7 @@ class NativeMamba2(torch.autograd.Function):
         positive = F.softplus(parts.dt.float() + dt_bias)
         scan = Scan(*parts.scanned(mixed), parts.bounded(positive), A, D, documents)
         chunk = native_chunk(mixed.shape[1])
-        y, states = native_scan(scan, parts.no_state(mixed), chunk, backward)
+        y, states = native_scan(scan, None, chunk, backward)
         out, scale = native_norm(y.flatten(2), parts.z, norm_weight, eps, parts.groups, parts.gate, projected.dtype)
         ctx.save_for_backward(
             projected, conv_weight, conv_bias, A, D, norm_weight, documents, mixed, positive, states, y, scale
@@ -45,7 +45,7 @@ class NativeMamba2(torch.autograd.Function):
         d_norm_weight = native_norm_backward(*norm, dy.flatten(2), slopes.z)
         scan = Scan(*parts.scanned(mixed), parts.bounded(positive), A, D, documents)
         d_inputs = slopes.scanned(d_mixed)
-        d_dt, dA, dD = native_scan_backward(scan, states, ctx.chunk, dy, parts.no_state(mixed), *d_inputs)
+        d_dt, dA, dD = native_scan_backward(scan, states, ctx.chunk, dy, None, *d_inputs)
         d_weight, d_bias = native_conv_backward(
             parts.xBC, conv_weight, conv_bias, documents, d_mixed, slopes.xBC, silu=True
         )
@@ -77,9 +77,6 @@ class _Parts:
 
     def bounded(self, step: Tensor) -> Tensor:
         return step if self.dt_limit is None else step.clamp(*self.dt_limit)
-
-    def no_state(self, mixed: Tensor) -> Tensor:
-        return torch.zeros(len(mixed), *self.heads, self.N)
 
     def scanned(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, H, P), B and C (B, T, G, N) of what the convolution gives, views of it."""

@@ -90,9 +90,10 @@ def native_chunk(T: int, chunk: int | None = None) -> int:
     return padded(min(chunk or CHUNK, T))
 
 
-def native_scan(scan: Scan, state: Tensor, chunk: int, backward: bool) -> tuple[Tensor, Tensor | None]:
-    """The scan outside autograd. state: (b, H, P, N) float32, contiguous; it becomes the last one. Returns y and, for
-    the backward if there is to be one, the states that enter the chunks, as panels (`cpp/tiles.h`)."""
+def native_scan(scan: Scan, state: Tensor | None, chunk: int, backward: bool) -> tuple[Tensor, Tensor | None]:
+    """The scan outside autograd. state: (b, H, P, N) float32, contiguous; it becomes the last one. None: zeros, and
+    nobody wants the last one. Returns y and, if there is to be a backward, the states that enter the chunks, as panels
+    (`cpp/tiles.h`)."""
     b, T, H, P = scan.x.shape
     G, N = scan.B.shape[2:]
     chunks = -(-T // chunk)
@@ -105,10 +106,10 @@ def native_scan(scan: Scan, state: Tensor, chunk: int, backward: bool) -> tuple[
 
 
 def native_scan_backward(
-    scan: Scan, states: Tensor, chunk: int, dy: Tensor, d_state: Tensor, dx: Tensor, dB: Tensor, dC: Tensor
+    scan: Scan, states: Tensor, chunk: int, dy: Tensor, d_state: Tensor | None, dx: Tensor, dB: Tensor, dC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`d_state`, of the last state, becomes that of the first. Fills dx, dB and dC, which lie as `with_heads` has it;
-    returns the gradients of dt, A and D."""
+    """`d_state`, of the last state, becomes that of the first; None as in `native_scan`. Fills dx, dB and dC, which lie
+    as `with_heads` has it; returns the gradients of dt, A and D."""
     b, _, H, _ = scan.x.shape
     chunks = states.shape[2]
     d_dt, dA, dD = torch.empty_like(scan.dt), *(scan.dt.new_empty(b, chunks, H) for _ in range(2))

@@ -121,6 +121,20 @@ struct Shared {
     float *dots_of(long b, long g, long chunk) const { return dots + at(b, g, chunk) * z.Q; }
 };
 
+// A state as others have it, (P, N), null for zeros, to (NW, PW); and back, null if nobody wants it
+static void take_state(const float *given, const Sizes &z, float *state) {
+    if (given && z.P == z.PW && z.N == z.NW) return turn(given, reinterpret_cast<uint32_t *>(state), z.P, z.N);
+    std::fill(state, state + z.NW * z.PW, 0.f);
+    for (long p = 0; given && p < z.P; p++)
+        for (long n = 0; n < z.N; n++) state[n * z.PW + p] = given[p * z.N + n];
+}
+
+static void give_state(const float *state, const Sizes &z, float *given) {
+    if (given && z.P == z.PW && z.N == z.NW) return turn(state, reinterpret_cast<uint32_t *>(given), z.N, z.P);
+    for (long p = 0; given && p < z.P; p++)
+        for (long n = 0; n < z.N; n++) given[p * z.N + n] = state[n * z.PW + p];
+}
+
 // panel = 4 rows of a right factor
 template <class T, int V>
 INLINED static inline void keep_panel(const Lanes (&tile)[4][V], uint32_t *panel, long width) {
@@ -144,8 +158,8 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         const T *C, long cb, long ct, const float *D, const int32_t *index, float *state, T *y, T *states,
                         double *decays, T *turned_B, T *rows_C, float *dots, long rows, long S, long G, long R, long P,
                         long N, long Q) {
-    // y (B, S, H, P); state (B, H, P, N), first, becomes the last; states (B, H, chunks, NW, PW) enter the chunks, null
-    // if nobody wants them; decays and what is shared, see there, are room
+    // y (B, S, H, P); state (B, H, P, N), the first, becomes the last, null for zeros and if nobody wants it; states
+    // (B, H, chunks, NW / W, PW), panels, enter the chunks, null if nobody wants them; decays and what is shared are room
     const Sizes z{rows, S, G, R, P, N, Q};
     const Decays d(decays, z);
     const Shared<T> shared{turned_B, rows_C, dots, z};
@@ -171,16 +185,15 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
                 room.reset();
-                float *S_ = room.take<float>(NW * PW), *given = state + (b * H + h) * P * N, *weight = room.take<float>(Q);
-                float *from = room.take<float>(Q), *step = room.take<float>(Q), *to = room.take<float>(16);
+                float *S_ = room.take<float>(NW * PW), *given = state ? state + (b * H + h) * P * N : nullptr;
+                float *weight = room.take<float>(Q), *from = room.take<float>(Q), *step = room.take<float>(Q);
+                float *to = room.take<float>(16);
                 uint32_t *left = room.take<uint32_t>(Q / W * PW), *xp = room.take<uint32_t>(Q / W * PW);
                 uint32_t *Sp = room.take<uint32_t>(NW / W * PW);
                 T *M = room.take<T>(16 * Q);
                 int32_t *document = room.take<int32_t>(Q);
                 const float skip = D ? D[h] : 0.f;
-                std::fill(S_, S_ + NW * PW, 0.f);
-                for (long n = 0; n < N; n++)
-                    for (long p = 0; p < P; p++) S_[n * PW + p] = given[p * N + n];
+                take_state(given, z, S_);
                 uint32_t *panel = states ? reinterpret_cast<uint32_t *>(states) + (b * H + h) * chunks * (NW / W) * PW : Sp;
                 keep_panel_of<T>(S_, panel, NW, PW);
                 std::fill(step, step + Q, 0.f);
@@ -233,8 +246,7 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         keep_panel<T>(tile, panel + n / W * PW + p, PW);
                     });
                 }
-                for (long n = 0; n < N; n++)
-                    for (long p = 0; p < P; p++) given[p * N + n] = S_[n * PW + p];
+                give_state(S_, z, given);
             }
     }
 }
@@ -264,8 +276,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                          float *d_through, T *dx, long dx_row, long dx_token, float *d_dt, T *dB, long dB_row,
                          long dB_token, T *dC, long dC_row, long dC_token, float *dA, float *dD, long rows, long S,
                          long G, long R, long P, long N, long Q) {
-    // d_state (B, H, P, N), of the last state, becomes that of the first; d_states as states, of those that leave the
-    // chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and dD (B, chunks, H)
+    // d_state (B, H, P, N), of the last state, becomes that of the first, null as state; d_states (B, H, chunks, NW, PW),
+    // of those that leave the chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and dD (B, chunks, H)
     const Sizes z{rows, S, G, R, P, N, Q};
     const Decays d(decays, z);
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
@@ -279,11 +291,9 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
         for (long b = 0; b < rows; b++)
             for (long h = 0; h < H; h++) {
                 room.reset();
-                float *dS = room.take<float>(NW * PW), *given = d_state + (b * H + h) * P * N;
+                float *dS = room.take<float>(NW * PW), *given = d_state ? d_state + (b * H + h) * P * N : nullptr;
                 uint32_t *entered = room.take<uint32_t>(Q / W * PW);
-                std::fill(dS, dS + NW * PW, 0.f);
-                for (long n = 0; n < N; n++)
-                    for (long p = 0; p < P; p++) dS[n * PW + p] = given[p * N + n];
+                take_state(given, z, dS);
                 for (long chunk = chunks - 1; chunk >= 0; chunk--) {
                     const long at = ((b * H + h) * chunks + chunk) * Q, one = at / Q * NW * PW;
                     const uint32_t *Sp = reinterpret_cast<const uint32_t *>(states) + one / W;
@@ -306,8 +316,7 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                     });
                     d_through[at / Q] = sum_of(along) * through;
                 }
-                for (long n = 0; n < N; n++)
-                    for (long p = 0; p < P; p++) given[p * N + n] = dS[n * PW + p];
+                give_state(dS, z, given);
             }
 
 #pragma omp for collapse(3) schedule(dynamic)

@@ -18,6 +18,7 @@ from model.ops.head import linear_cross_entropy
 from model.ops.native import native_ready
 from model.ops.norm import gated_rms_norm, relu2, rms_norm, swiglu
 from model.ops.ssd import ssd
+from model.ops.ssd_native import native_scan
 from tests.model.ops.support import leaf, outputs_and_gradients, packed
 
 ROOT = Path(__file__).parents[3]
@@ -32,13 +33,13 @@ def slice_of(wider: Tensor, width: int) -> Tensor:
 
 
 def a_norm(dtype: torch.dtype, gate: str, out: torch.dtype, groups: int = 1) -> Run:
-    x, z, w = leaf(3, 50, 99, dtype=dtype), leaf(3, 50, 103, dtype=dtype), leaf(96, dtype=torch.float32)
+    x, z, w = leaf(3, 50, 93, dtype=dtype), leaf(3, 50, 97, dtype=dtype), leaf(90, dtype=torch.float32)
     inputs = [x, w] if gate == "none" else [x, z, w]
     if gate == "none":
-        return lambda: [rms_norm(slice_of(x, 96), w, 1e-5, dtype=out)], inputs
+        return lambda: [rms_norm(slice_of(x, 90), w, 1e-5, dtype=out)], inputs
     first = gate == "norm first"
     return (
-        lambda: [gated_rms_norm(slice_of(x, 96), slice_of(z, 96), w, 1e-5, groups, norm_before_gate=first, dtype=out)],
+        lambda: [gated_rms_norm(slice_of(x, 90), slice_of(z, 90), w, 1e-5, groups, norm_before_gate=first, dtype=out)],
         inputs,
     )
 
@@ -202,8 +203,34 @@ def test_what_is_no_number_stays_none(poison: float):
     x = torch.ones(1, 2, 64, dtype=BF16)
     x[0, 1, 3] = poison
     w = torch.ones(64)
-    for y in (rms_norm(x, w, 1e-5), swiglu(x, x), relu2(x), causal_conv(x, w[:, None], None)[0]):
+    for y in (
+        rms_norm(x, w, 1e-5),
+        gated_rms_norm(x, x, w, 1e-5),
+        swiglu(x, x),
+        relu2(x),
+        causal_conv(x, w[:, None], None)[0],
+        linear_cross_entropy(x, torch.ones(8, 64), torch.zeros(1, 2, dtype=torch.int64), vocab_size=8),
+    ):
         assert not y[0, 1].isfinite().all() and y[0, 0].isfinite().all()
+    one, scanned = torch.ones(1, 2, 1), x.view(1, 2, 1, 64)
+    assert not ssd(scanned, one, -one[0, 0], scanned, scanned)[0][0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_scan_keeps_its_states_for_a_backward_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    kept: list[bool] = []
+
+    def watched(*arguments):
+        y, states = native_scan(*arguments)
+        kept.append(states is not None)
+        return y, states
+
+    monkeypatch.setattr("model.ops.ssd_native.native_scan", watched)
+    run, _ = a_scan(dtype, True, True, 16, 2)
+    want = [y.detach() for y in run()]
+    with torch.no_grad():
+        assert all(map(torch.equal, run(), want))
+    assert kept == [True, False]
 
 
 PROBE = """
