@@ -1,6 +1,7 @@
-// The chunked form of SSD (see ssd_chunked.py), in three passes over the chunks, as the authors' GPU kernels have it:
-// decays; the states between chunks, head by head; what each chunk gives, chunk by chunk. Nothing but states goes
-// through memory between the passes, and results do not depend on the number of threads.
+// The chunked form of SSD (see ssd_chunked.py). Forward: decays and what the heads of a group share; then head by head,
+// chunk after chunk, with the state in the cache. Backward: decays; the gradients of the states between chunks, head by
+// head; what each chunk gives, chunk by chunk, because heads share B and C. Nothing but states goes through memory
+// between the passes, and results do not depend on the number of threads.
 //
 // Legend: B rows of S tokens, H = G R heads of P, N state, chunks of Q tokens. A last chunk that is shorter is filled up
 // with zeros, P and N to multiples of 32 (PW, NW).
@@ -108,7 +109,7 @@ static void prepare(const float *dt, const float *A, const int32_t *index, const
         }
 }
 
-// What the heads of a group share of a chunk, (B, G, chunks, ...): the forward has all, the backward turned C
+// What the heads of a group share of a chunk in the forward, (B, G, chunks, ...)
 template <class T>
 struct Shared {
     T *turned, *rows;  // B (NW, Q), C (Q, NW)
@@ -133,15 +134,6 @@ static void give_state(const float *state, const Sizes &z, float *given) {
     if (given && z.P == z.PW && z.N == z.NW) return turn(state, reinterpret_cast<uint32_t *>(given), z.N, z.P);
     for (long p = 0; given && p < z.P; p++)
         for (long n = 0; n < z.N; n++) given[p * z.N + n] = state[n * z.PW + p];
-}
-
-// panel = 4 rows of a right factor
-template <class T, int V>
-INLINED static inline void keep_panel(const Lanes (&tile)[4][V], uint32_t *panel, long width) {
-    for (int v = 0; v < V; v++)
-        for (int r = 0; r < 4; r += PER_WORD<T>)
-            store(panel + r / PER_WORD<T> * width + v * LANES,
-                  PER_WORD<T> == 2 ? in_pairs(tile[r][v], tile[r + PER_WORD<T> - 1][v]) : (Words)tile[r][v]);
 }
 
 template <class T>

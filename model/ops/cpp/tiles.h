@@ -25,10 +25,9 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t Pairs __attribute__((vector_size(64)));
 
 static const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#define ALTERNATELY(a, b) /* numbers a, b, a + 1, b + 1, ... */                                                 \
-    {a,      b,      a + 1,  b + 1,  a + 2,  b + 2,  a + 3,  b + 3,  a + 4,  b + 4,  a + 5,  b + 5,  a + 6,  b + 6, \
-     a + 7,  b + 7,  a + 8,  b + 8,  a + 9,  b + 9,  a + 10, b + 10, a + 11, b + 11, a + 12, b + 12, a + 13, b + 13, \
-     a + 14, b + 14, a + 15, b + 15}
+static const Pairs PAIRED = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+static const Pairs PAIRED_OF_TWO = PAIRED + (PAIRED & 16);  // 0, 32, 1, 33, ...
 
 template <class V>
 static inline V load(const void *from) {
@@ -71,7 +70,7 @@ static inline void keep(bf16 *to, Lanes v) {
 static inline Words in_pairs(Lanes even, Lanes odd) {
 #ifdef __AVX512BF16__
     const Pairs halves = (Pairs)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    return (Words)__builtin_shuffle(halves, (Pairs ALTERNATELY(0, 16)));
+    return (Words)__builtin_shuffle(halves, PAIRED);
 #else
     return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
 #endif
@@ -328,8 +327,8 @@ static inline long pack_pair(const bf16 *even, const bf16 *odd, long columns, co
     }
     for (; c + 2 * LANES <= columns; c += 2 * LANES) {
         const Pairs a = load<Pairs>(even + c), b = load<Pairs>(odd + c);
-        store(panel + c, __builtin_shuffle(a, b, (Pairs ALTERNATELY(0, 32))));
-        store(panel + c + LANES, __builtin_shuffle(a, b, (Pairs ALTERNATELY(16, 48))));
+        store(panel + c, __builtin_shuffle(a, b, PAIRED_OF_TWO));
+        store(panel + c + LANES, __builtin_shuffle(a, b, PAIRED_OF_TWO + 16));
     }
     return c;
 }
@@ -356,6 +355,15 @@ static inline void pack(const T *from, long stride, long rows, long columns, con
                 store(panel + k * width + c, even);
         }
     }
+}
+
+// panel = 4 rows of a right factor
+template <class T, int V>
+INLINED static inline void keep_panel(const Lanes (&tile)[4][V], uint32_t *panel, long width) {
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < 4; r += PER_WORD<T>)
+            store(panel + r / PER_WORD<T> * width + v * LANES,
+                  PER_WORD<T> == 2 ? in_pairs(tile[r][v], tile[r + PER_WORD<T> - 1][v]) : (Words)tile[r][v]);
 }
 
 static const Pairs EVEN = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
