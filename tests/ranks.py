@@ -60,7 +60,7 @@ def run_ranks(
     work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120, gpus: str = ""
 ) -> list[Any]:
     """Calls `work(*arguments)` on `size` ranks, each a new process; returns what they returned, in rank order.
-    gpus: what the ranks see of CUDA's devices.
+    gpus: what the ranks see of CUDA's devices. `work` opens the process group once: the store outlives it.
 
     Raises AssertionError with the traceback of the first rank that fails, or when the time is over.
     """

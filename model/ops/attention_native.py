@@ -28,7 +28,7 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v = (with_heads(x) for x in (q, k, v))
         B, T, H, P = q.shape
         S, K = k.shape[1:3]
-        y, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
+        y, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T, dtype=torch.float32)
         blocks = torch.empty(2, B, K, -(-S // BLOCK) * BLOCK, padded(P), dtype=q.dtype)
         ctx.sizes = B, T, S, K, H // K, P, limit, scale, cap
         given = *with_strides(q), *with_strides(k), *with_strides(v), document, y, lse
@@ -42,7 +42,7 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, document, y, lse = ctx.saved_tensors
         (B, T, H, P), S, dy = q.shape, k.shape[1], with_heads(dy)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        each = torch.empty(2, B, H, S, padded(P))
+        each = torch.empty(2, B, H, S, padded(P), dtype=torch.float32)
         given = *with_strides(q), *with_strides(k), *with_strides(v), document, y, lse, *with_strides(dy)
         run_native("attention_backward", q.dtype, *given, dq, dk, dv, each[0], each[1], _lows(B, T), *ctx.sizes)
         return dq, dk, dv, None, None, None, None

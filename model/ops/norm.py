@@ -238,7 +238,7 @@ def native_norm(
     the result in `dtype` and the inverse RMS of each group, (n, G)."""
     xs, zs, w = *_native_rows(x, z), weight.detach().float().contiguous()
     out = torch.empty(x.shape, dtype=dtype)
-    scale = torch.empty(len(xs), groups)
+    scale = torch.empty(len(xs), groups, dtype=torch.float32)
     gated = (xs, xs.stride(0), zs, 0 if zs is None else zs.stride(0), w)
     run_native("norm_forward", x.dtype, *gated, out, scale, *xs.shape, groups, float(eps), gate, to=dtype)
     return out, scale

@@ -1,5 +1,5 @@
-"""The chunked form of SSD in C++ (`cpp/ssd.cpp`): the algorithm of `ssd_chunked.py`, with every intermediate of a chunk
-in the cache. Matmuls take numbers of x's dtype and add in float32.
+"""The chunked form of SSD in C++ (`cpp/ssd.cpp`): the algorithm of `ssd_chunked.py`, with what is computed of a chunk
+and a head in the cache. Matmuls take numbers of the dtype of x and add in float32.
 
 Legend: b batch, T tokens, G groups, H heads, P head dim, N state, Q tokens of a chunk; P and N are filled up to
 multiples of 32 inside.
@@ -100,7 +100,7 @@ def native_scan(scan: Scan, state: Tensor | None, chunk: int, backward: bool) ->
     y = torch.empty(scan.x.shape, dtype=scan.x.dtype)
     states = torch.empty(b, H, chunks, padded(N), padded(P), dtype=scan.x.dtype) if backward else None
     rows_C = torch.empty(b, G, chunks, chunk, padded(N), dtype=scan.x.dtype)
-    room = *scan.room(chunks, chunk), rows_C, torch.empty(b, G, chunks, chunk, chunk)
+    room = *scan.room(chunks, chunk), rows_C, torch.empty(b, G, chunks, chunk, chunk, dtype=torch.float32)
     run_native("ssd_forward", y.dtype, *scan.arguments(), state, y, states, *room, *scan.sizes(chunk))
     return y, states
 

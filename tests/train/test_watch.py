@@ -75,12 +75,15 @@ def end(rank: subprocess.Popen[str], timeout_s: float = 90) -> tuple[int, str]:
 
 
 def test_a_port_that_is_taken_is_named(workplace: Path) -> None:
+    """A job beside this one, or one that is ending: a traceback through torch would not say what to change."""
     recipe = str(ROOT / "launch" / "recipes" / "tiny.toml")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-m", "train", recipe, "name=taken"]
-        done = subprocess.run(command, cwd=workplace, env=environment() | shared, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=workplace, env=environment() | shared, capture_output=True, text=True, timeout=90
+        )
     assert done.returncode == EXIT_USER_ERROR
     assert done.stderr.strip() == (
         f"braid: error: MASTER_PORT: something else listens to {port} on this host; wants a free port, the same for "

@@ -98,7 +98,7 @@ static void attention_forward(const T *q, long qb, long qt, const T *k, long kb,
                             const float now = std::max(top[r], largest_of(most));
                             for (long j = 0; j < BLOCK; j += LANES) {
                                 const Lanes s = lanes(row + j);
-                                const Lanes w = s > HIDDEN / 2 ? exp2_(s - now) : Lanes{};
+                                const Lanes w = s <= HIDDEN / 2 ? Lanes{} : exp2_(s - now);  // no number stays none
                                 all += w;
                                 keep(weights + r * BLOCK + j, w);
                             }

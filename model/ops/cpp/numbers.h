@@ -54,9 +54,6 @@ static inline float exp2_(float x) {  // bounded to normal numbers; relative err
     return exp2_of_fraction(x - whole) * scale;
 }
 
-static inline float sigmoid(float x) { return 1.f / (1.f + exp2_(-x * LOG2_E)); }
-static inline float silu(float x) { return x * sigmoid(x); }
-
 #define EXPORT(name, T, suffix, parameters, arguments) \
     extern "C" void name##_##suffix parameters { name<T> arguments; }
 #define BOTH(name, parameters_of, arguments)                     \

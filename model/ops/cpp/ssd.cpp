@@ -1,7 +1,7 @@
 // The chunked form of SSD (see ssd_chunked.py). Forward: decays and what the heads of a group share; then head by head,
 // chunk after chunk, with the state in the cache. Backward: decays; the gradients of the states between chunks, head by
-// head; what each chunk gives, chunk by chunk, because heads share B and C. Nothing but states goes through memory
-// between the passes, and results do not depend on the number of threads.
+// head; what each chunk gives, chunk by chunk, because heads share B and C. Between the passes only decays, states and
+// what heads share go through memory, and results do not depend on the number of threads.
 //
 // Legend: B rows of S tokens, H = G R heads of P, N state, chunks of Q tokens. A last chunk that is shorter is filled up
 // with zeros, P and N to multiples of 32 (PW, NW).
@@ -99,13 +99,16 @@ static void turned(const T *from, long stride, long tokens, const Sizes &z, T *o
 
 // First of all, for a team of threads: the decays, and what the heads of a group share.
 template <class F>
-static void prepare(const float *dt, const float *A, const int32_t *index, const Sizes &z, const Decays &d, F shared) {
+static void prepare(const float *dt, const float *A, const int32_t *index, const Sizes &z, const Decays &d, F work) {
 #pragma omp for collapse(2) schedule(static)
     for (long b = 0; b < z.B; b++)
         for (long chunk = 0; chunk < z.chunks; chunk++) {
             room.reset();
             decays_of(dt, A, index, z, b, chunk, d);
-            for (long g = 0; g < z.G; g++) shared(b, chunk, g);
+            for (long g = 0; g < z.G; g++) {
+                room.reset();
+                work(b, chunk, g);
+            }
         }
 }
 
@@ -207,11 +210,11 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         between.by(first, first, first + 16, to);
                         for (long j = 0; j < first; j++) from[j] *= step[j];
                         for (long r = 0; r < 16; r++) {
-                            const float *dots = CB + (first + r) * Q;
+                            const float *row = CB + (first + r) * Q;
                             for (long j = 0; j < first; j += LANES)
-                                keep(M + r * Q + j, lanes(from + j) * lanes(dots + j) * to[r]);
+                                keep(M + r * Q + j, lanes(from + j) * lanes(row + j) * to[r]);
                             keep(M + r * Q + first,
-                                 between.to(first + r, first) * lanes(step + first) * lanes(dots + first));
+                                 between.to(first + r, first) * lanes(step + first) * lanes(row + first));
                         }
                         tiles(16, 0, PW, [=](long r, long p, auto &tile) {
                             multiply(tile, Cr + (first + r) * NW, NW / W, panel + p, PW, NW / W);
@@ -231,9 +234,9 @@ static void ssd_forward(const T *x, long xb, long xt, const float *dt, const flo
                         multiply(tile, Bt + n * Q, Q / W, left + p, PW, Q / W);
                         for (int r = 0; r < 4; r++)
                             for (int v = 0; v < WIDE(tile); v++) {
-                                float *at = S_ + (n + r) * PW + p + v * LANES;
-                                tile[r][v] += lanes(at) * through;
-                                keep(at, tile[r][v]);
+                                float *into = S_ + (n + r) * PW + p + v * LANES;
+                                tile[r][v] += lanes(into) * through;
+                                keep(into, tile[r][v]);
                             }
                         keep_panel<T>(tile, panel + n / W * PW + p, PW);
                     });
@@ -269,7 +272,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                          long dB_token, T *dC, long dC_row, long dC_token, float *dA, float *dD, long rows, long S,
                          long G, long R, long P, long N, long Q) {
     // d_state (B, H, P, N), of the last state, becomes that of the first, null as state; d_states (B, H, chunks, NW, PW),
-    // of those that leave the chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and dD (B, chunks, H)
+    // of those that leave the chunks, turned_C (B, G, chunks, NW, Q), d_through (B, H, chunks) and decays are room; dA and
+    // dD (B, chunks, H)
     const Sizes z{rows, S, G, R, P, N, Q};
     const Decays d(decays, z);
     const long W = PER_WORD<T>, H = z.H, chunks = z.chunks, PW = z.PW, NW = z.NW;
@@ -390,8 +394,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                                     keep(d_sums + c, across);
                                 }
                                 for (int k = 0; k < 4; k++) {
-                                    float *to = along + (first + r + k) * LANES;
-                                    keep(to, i > first ? lanes(to) + down[k] : down[k]);
+                                    float *partial = along + (first + r + k) * LANES;
+                                    keep(partial, i > first ? lanes(partial) + down[k] : down[k]);
                                 }
                             });
                         }
@@ -434,8 +438,8 @@ static void ssd_backward(const T *x, long xb, long xt, const float *dt, const fl
                                     skips += slope * value;
                                     tile[k][v] = tile[k][v] * step[j + k] + slope * skip;
                                 }
-                                float *to = along + (j + k) * LANES;
-                                keep(to, p ? lanes(to) + sum : sum);
+                                float *partial = along + (j + k) * LANES;
+                                keep(partial, p ? lanes(partial) + sum : sum);
                             }
                             skipped += skips;
                             keep_tile(tile, dx_ + j * dx_token + p, dx_token, tokens - j, P - p);

@@ -167,7 +167,7 @@ inline Lanes multiply_add<bf16>(Lanes sum, uint32_t left, Words right) {
 #endif
 }
 
-// tile += left right
+// tile += left right: rows `stride` words apart, `words` of them
 template <class T, int V>
 INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
                                         long words) {
@@ -185,7 +185,7 @@ INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long
         for (int v = 0; v < V; v++) tile[r][v] = sum[r][v];
 }
 
-// tile = left right: rows `stride` words apart, `words` of them
+// tile = left right, likewise
 template <class T, int V>
 INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
                                     long words) {
@@ -333,8 +333,6 @@ static inline long pack_pair(const bf16 *even, const bf16 *odd, long columns, co
     return c;
 }
 
-static inline long pack_pair(const float *, const float *, long, const float *, uint32_t *) { return 0; }
-
 // The panel of a right factor of `rows` rows, times `factor` of each unless null, zeros beyond: (height / PER_WORD, width)
 template <class T>
 static inline void pack(const T *from, long stride, long rows, long columns, const float *factor, uint32_t *panel,
@@ -342,9 +340,10 @@ static inline void pack(const T *from, long stride, long rows, long columns, con
     for (long k = 0; k < height / PER_WORD<T>; k++) {
         for (long r = 0; r < PER_WORD<T>; r++) fetch(from + (PER_WORD<T> * k + r + AHEAD) * stride, columns);
         long c = 0;
-        if (2 * k + 1 < rows)
-            c = pack_pair(from + 2 * k * stride, from + (2 * k + 1) * stride, columns, factor ? factor + 2 * k : nullptr,
-                          panel + k * width);
+        if constexpr (PER_WORD<T> == 2)
+            if (2 * k + 1 < rows)
+                c = pack_pair(from + 2 * k * stride, from + (2 * k + 1) * stride, columns,
+                              factor ? factor + 2 * k : nullptr, panel + k * width);
         for (; c < width; c += LANES) {
             Lanes even, odd;
             row_lanes(from, stride, PER_WORD<T> * k, rows, c, columns, factor, even);

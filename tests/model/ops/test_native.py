@@ -54,20 +54,19 @@ def a_conv(dtype: torch.dtype, k: int, documents: bool, bias: bool, activation: 
     )
 
 
-def a_scan(dtype: torch.dtype, documents: bool, state: bool, chunk: int, G: int) -> Run:
-    B, T, H, P, N = 2, 45, 4, 6, 5
+def a_scan(dtype: torch.dtype, documents: bool, state: bool, chunk: int, G: int, T: int = 45, skip: bool = True) -> Run:
+    B, H, P, N = 2, 4, 6, 5
     x, Bm, C = leaf(B, T, H, P, dtype=dtype), leaf(B, T, G, N, dtype=dtype), leaf(B, T, G, N, dtype=dtype, seed=1)
     dt, A, D = leaf(B, T, H, dtype=torch.float32), leaf(H, dtype=torch.float32), leaf(H, dtype=torch.float32, seed=2)
     S = leaf(B, H, P, N, dtype=torch.float32)
     index = packed([1, 20, 11, 13], [45]) if documents else None
+    given = {"D": D if skip else None, "documents": index, "initial_state": S if state else None}
 
     def run() -> list:
-        step, decay, before = torch.nn.functional.softplus(dt), -torch.exp(A), S if state else None
-        return list(
-            ssd(x, step, decay, Bm, C, D=D, documents=index, initial_state=before, chunk=chunk, return_state=True)
-        )
+        step, decay = torch.nn.functional.softplus(dt), -torch.exp(A)
+        return list(ssd(x, step, decay, Bm, C, **given, chunk=chunk, return_state=True))
 
-    return run, [x, dt, A, Bm, C, D, *([S] if state else [])]
+    return run, [x, dt, A, Bm, C, *([D] if skip else []), *([S] if state else [])]
 
 
 def an_attention(dtype: torch.dtype, T: int, window: int | None, cap: float | None, documents: bool, past: bool) -> Run:
@@ -122,6 +121,8 @@ RUNS: dict[str, Callable[[], Run]] = {
     "scan of documents": lambda: a_scan(F32, True, True, 7, 2),
     "scan in bfloat16": lambda: a_scan(BF16, True, True, 16, 4),
     "scan in one chunk": lambda: a_scan(F32, True, False, 128, 1),
+    "scan of five tokens without a skip": lambda: a_scan(F32, False, False, 64, 1, T=5, skip=False),
+    "scan of a token in bfloat16": lambda: a_scan(BF16, False, False, 64, 2, T=1),
     "attention": lambda: an_attention(F32, 150, None, None, False, False),
     "attention in bfloat16": lambda: an_attention(BF16, 150, None, None, False, False),
     "attention in a window": lambda: an_attention(F32, 200, 70, None, False, True),
@@ -209,15 +210,33 @@ def test_what_is_no_number_stays_none(poison: float):
         swiglu(x, x),
         relu2(x),
         causal_conv(x, w[:, None], None)[0],
-        linear_cross_entropy(x, torch.ones(8, 64), torch.zeros(1, 2, dtype=torch.int64), vocab_size=8),
+        linear_cross_entropy(x, torch.ones(40, 64), torch.zeros(1, 2, dtype=torch.int64), vocab_size=40),
     ):
         assert not y[0, 1].isfinite().all() and y[0, 0].isfinite().all()
-    one, scanned = torch.ones(1, 2, 1), x.view(1, 2, 1, 64)
-    assert not ssd(scanned, one, -one[0, 0], scanned, scanned)[0][0, 1].isfinite().all()
+
+
+def test_a_scan_with_a_decay_that_is_none_gives_none():
+    x = torch.ones(1, 2, 1, 64)
+    assert not ssd(x, torch.ones(1, 2, 1), torch.tensor([float("nan")]), x, x)[0][0, 1].isfinite().any()
+
+
+def test_one_logit_or_key_that_is_none_is_seen():
+    """Among numbers that are some: a maximum or a mask may leave it out."""
+    weight, targets = torch.ones(40, 64), torch.zeros(1, 2, dtype=torch.int64)
+    for at in (0, 17, 35):
+        spoilt = weight.clone()
+        spoilt[at] = float("nan")
+        assert linear_cross_entropy(torch.ones(1, 2, 64, dtype=BF16), spoilt, targets, vocab_size=40).isnan().all()
+    q = torch.ones(1, 100, 1, 64, dtype=BF16)
+    k = q.clone()
+    k[0, 3] = float("nan")
+    y = attention(q, k, q)
+    assert y[0, :3].isfinite().all() and y[0, 3:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_scan_keeps_its_states_for_a_backward_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """They are twice what it reads; evaluation and the first pass of a recomputed block have no use for them."""
     kept: list[bool] = []
 
     def watched(*arguments):
