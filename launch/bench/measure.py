@@ -189,5 +189,5 @@ def _result(row: Row, readings: Mapping[str, Sequence[Reading]]) -> Result:
     values = {name: [reading.value for reading in taken] for name, taken in readings.items()}
     scores = [row.ratio(*pair) for pair in zip(*values.values(), strict=True)] if len(values) > 1 else values[OURS]
     typical = scores.index(median_low(scores))
-    sides = {name: Side(values[name], typical, taken[-1].facts) for name, taken in readings.items()}
+    sides = {name: Side(values[name], typical, taken[typical].facts) for name, taken in readings.items()}
     return Result(row, sides[OURS], sides.get(row.peer_name))

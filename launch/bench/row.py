@@ -21,7 +21,7 @@ own, so it must be a function of a module's top level; what it imports, it impor
 @dataclass(frozen=True)
 class Side:
     """One side of a measured row. values: its readings, in the order of the rounds. typical: the round that stands for
-    all. facts: those of the last reading."""
+    all. facts: those of its reading."""
 
     values: Sequence[float]
     typical: int = 0

@@ -24,7 +24,7 @@ def _scripted(name: str, values: list[float]) -> Iterator[Reading]:
     settings = [os.environ["GLIBC_TUNABLES"], os.environ["OMP_NUM_THREADS"]]
     for number, value in enumerate([-1.0, *values]):
         _trace(f"{name} {'warm-up' if number == 0 else number}")
-        yield Reading(value, {"pid": os.getpid(), "settings": settings})
+        yield Reading(value, {"pid": os.getpid(), "settings": settings, "turn": number})
 
 
 def ours(quick: bool) -> Iterator[Reading]:

@@ -55,6 +55,7 @@ def test_sides_take_turns_in_processes_of_one_environment(trace: Path):
     ours, peer = result.ours.facts, result.peer.facts
     assert len({os.getpid(), ours["pid"], peer["pid"]}) == 3
     assert ours["settings"] == peer["settings"] == [MALLOC, str(len(os.sched_getaffinity(0)))]
+    assert ours["turn"] == peer["turn"] == 1  # of the round that the values are of
 
 
 def test_on_a_gpu_sides_follow_each_other_and_shared_ones_are_measured_once(trace: Path):
