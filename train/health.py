@@ -43,8 +43,10 @@ def clip_coefficient(norm: float, limit: float) -> float:
 def sum_of_squares(values: Tensor) -> Tensor:
     """Sum of squares of a flat tensor: float32 over chunks, float64 over their norms; a float64 scalar."""
     whole = values.numel() // CHUNK_ELEMENTS * CHUNK_ELEMENTS
-    parts = [values[:whole].view(-1, CHUNK_ELEMENTS), values[whole:].view(1, -1)]
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]
+    parts = values[:whole].view(-1, CHUNK_ELEMENTS), values[whole:].view(1, -1)
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts if part.numel()]
+    if not norms:
+        return values.new_zeros((), dtype=torch.float64)
     return torch.cat(norms).double().square().sum()
 
 

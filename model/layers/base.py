@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import Context
+from model.ops.linear import linear
 from model.params import WHOLE, Constant, Init, Normal, ParamSpec, Place, Split, Table, Uniform
 
 VisibleKeys = Callable[[int | None], float]
@@ -116,7 +117,7 @@ class Projection(nn.Module):
         self.wide = wide
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 def projection_spec(

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, n tokens of all rows, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
+from model.ops.linear import native_matmul, native_weight_slope, takes_native
 from model.ops.native import NATIVE_DTYPES, native_ready, run_native
 
 declare(
@@ -94,9 +96,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.empty_like(lse)
         fast = _softmax(choose("head", dtype=dtype, device=h.device).name)
         w = _multiplied(weight, vocab_size, fast).to(dtype)
-        gradients = _Gradients(hidden, weight, h, w, wide) if ahead else None
+        matmuls = _Matmuls(h, w)
+        gradients = _Gradients(hidden, weight, matmuls, wide) if ahead else None
         for rows, raw, logits in _chunks(len(t), w, wide, fast):
-            torch.mm(h[rows], w.t(), out=raw)
+            matmuls.logits(rows, raw)
             aimed = raw.gather(1, t[rows].clamp(min=0)[:, None]).squeeze(1).to(wide)
             if fast is not None:
                 fast.log_sum_exp(raw, vocab_size, lse[rows])
@@ -140,33 +143,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
         t, away = _local_targets(t, vocab_size, ctx.part)
         if away is not None:
             g = g.masked_fill(away, 0)
-        gradients = _Gradients(hidden, weight, h, w, wide)
+        matmuls = _Matmuls(h, w)
+        gradients = _Gradients(hidden, weight, matmuls, wide)
         for rows, raw, d in _chunks(len(t), w, wide, fast):
-            torch.mm(h[rows], w.t(), out=raw)
+            matmuls.logits(rows, raw)
             _slope(fast, raw, d, vocab_size, lse[rows], share[rows], g[rows], t[rows])
             gradients.add(rows, raw)
         return gradients.dh, gradients.dw.to(weight.dtype), *[None] * 6
 
 
-class _Gradients:
-    """Sums over chunks of tokens: dh like hidden, dw like the weight but in `wide`. h, w: the matmuls' operands."""
+class _Matmuls:
+    """Of h (n, D) and w (V, D), in one dtype; for chunks of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, h: Tensor, w: Tensor, wide: torch.dtype) -> None:
+    def __init__(self, h: Tensor, w: Tensor) -> None:
         self.h, self.w = h, w
-        self.dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
-        self.dw = torch.zeros(weight.shape, dtype=wide, device=h.device)
-        self.product = torch.empty_like(w)
+        self.native = takes_native(len(h), w, h.dtype)
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        if self.native:
+            native_matmul(self.h[rows], self.w, turned=True, out=out)
+        else:
+            torch.mm(self.h[rows], self.w.t(), out=out)
+
+    def hidden_slope(self, d: Tensor) -> Tensor:
+        """d: the gradient of these rows' logits, (n, V)."""
+        return native_matmul(d, self.w, turned=False) if self.native else d @ self.w
+
+    def add_weight_slope(self, rows: slice, d: Tensor, dw: Tensor) -> None:
+        """dw: (V, D) in float32 or float64."""
+        if self.native:
+            native_weight_slope(d, self.h[rows], dw, add=True)
+            return
+        torch.mm(d.t(), self.h[rows], out=self._product)
+        if self._addend is not self._product:
+            self._addend.copy_(self._product)
+        dw += self._addend
+
+    @cached_property
+    def _product(self) -> Tensor:
+        return torch.empty_like(self.w)
+
+    @cached_property
+    def _addend(self) -> Tensor:
         # Adding a narrower dtype, torch would widen it into fresh memory on a CPU, which takes longer than the sum.
-        widened = h.device.type == "cpu" and w.dtype != wide
-        self.addend = torch.empty_like(w, dtype=wide) if widened else self.product
+        wide = wide_dtype(self.w.dtype)
+        widened = self.w.device.type == "cpu" and self.w.dtype != wide
+        return torch.empty_like(self.w, dtype=wide) if widened else self._product
+
+
+class _Gradients:
+    """Sums over chunks of tokens: dh like hidden, dw like the weight but in `wide`."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, matmuls: _Matmuls, wide: torch.dtype) -> None:
+        self.matmuls = matmuls
+        self.dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        self.dw = torch.zeros(weight.shape, dtype=wide, device=hidden.device)
 
     def add(self, rows: slice, d: Tensor) -> None:
         """d: the gradient of these rows' logits, (n, V) in the operands' dtype."""
-        self.dh.view(-1, self.dh.shape[-1])[rows] = d @ self.w
-        torch.mm(d.t(), self.h[rows], out=self.product)
-        if self.addend is not self.product:
-            self.addend.copy_(self.product)
-        self.dw[: len(self.w)] += self.addend
+        self.dh.view(-1, self.dh.shape[-1])[rows] = self.matmuls.hidden_slope(d)
+        self.matmuls.add_weight_slope(rows, d, self.dw[: len(self.matmuls.w)])
 
 
 def _slope(

@@ -54,6 +54,10 @@ class Library:
         suffix = DTYPES[dtype] if to is None else f"{DTYPES[dtype]}_{DTYPES[to]}"
         self._loaded[f"{name}_{suffix}"](*map(_argument, arguments))
 
+    def asks(self, question: str) -> bool:
+        """What the loops know of the processor that they were compiled for."""
+        return bool(self._loaded[question]())
+
 
 def _argument(value: Tensor | float | None) -> Any:
     if value is None or isinstance(value, Tensor):
@@ -70,6 +74,12 @@ def run_native(name: str, dtype: torch.dtype, *arguments: Tensor | float | None,
 
 def native_ready() -> bool:
     return library() is not None
+
+
+def asks_native(question: str) -> bool:
+    """`Library.asks`, False where there is none."""
+    loaded = library()
+    return loaded is not None and loaded.asks(question)
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -167,10 +167,10 @@ inline Lanes multiply_add<bf16>(Lanes sum, uint32_t left, Words right) {
 #endif
 }
 
-// tile += left right: rows `stride` words apart, `words` of them
+// tile += left right: rows `stride` words apart, `words` of them, `step` apart
 template <class T, int V>
 INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
-                                        long words) {
+                                        long words, long step = 1) {
     const uint32_t *rows = reinterpret_cast<const uint32_t *>(left);
     Lanes sum[4][V];
     for (int r = 0; r < 4; r++)
@@ -179,7 +179,7 @@ INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long
         Words right[V];
         for (int v = 0; v < V; v++) right[v] = load<Words>(panel + k * width + v * LANES);
         for (int r = 0; r < 4; r++)
-            for (int v = 0; v < V; v++) sum[r][v] = multiply_add<T>(sum[r][v], rows[r * stride + k], right[v]);
+            for (int v = 0; v < V; v++) sum[r][v] = multiply_add<T>(sum[r][v], rows[r * stride + k * step], right[v]);
     }
     for (int r = 0; r < 4; r++)
         for (int v = 0; v < V; v++) tile[r][v] = sum[r][v];
@@ -188,10 +188,10 @@ INLINED static inline void add_multiple(Lanes (&tile)[4][V], const T *left, long
 // tile = left right, likewise
 template <class T, int V>
 INLINED static inline void multiply(Lanes (&tile)[4][V], const T *left, long stride, const uint32_t *panel, long width,
-                                    long words) {
+                                    long words, long step = 1) {
     for (int r = 0; r < 4; r++)
         for (int v = 0; v < V; v++) tile[r][v] = Lanes{};
-    add_multiple(tile, left, stride, panel, width, words);
+    add_multiple(tile, left, stride, panel, width, words, step);
 }
 
 #define WIDE(tile) int(sizeof(tile[0]) / sizeof(tile[0][0]))
