@@ -60,11 +60,11 @@ class Health:
         self.mesh, self.max_skipped, self.skipped = mesh, max_skipped, 0
         self.index = {name: number for number, name in enumerate(table)}
         self.counted = {
-            name: [
+            name: _joined(
                 (piece.offset, piece.offset + piece.numel)
                 for piece in local_layout(spec, mesh.place).pieces
                 if piece.owner
-            ]
+            )
             for name, spec in table.items()
         }
 
@@ -101,3 +101,13 @@ class Health:
                 "a lower learning rate, more warm-up or the data of these steps is where to look"
             )
         return False
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers, in fewer spans where one begins at the end of the one before."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined

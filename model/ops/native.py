@@ -52,11 +52,11 @@ class Library:
     ) -> None:
         """Runs `name` for tensors of `dtype` (and results of `to`) with arguments in the order of its source."""
         suffix = DTYPES[dtype] if to is None else f"{DTYPES[dtype]}_{DTYPES[to]}"
-        self._loaded[f"{name}_{suffix}"](*map(_argument, arguments))
+        getattr(self._loaded, f"{name}_{suffix}")(*map(_argument, arguments))
 
     def asks(self, question: str) -> bool:
         """What the loops know of the processor that they were compiled for."""
-        return bool(self._loaded[question]())
+        return bool(getattr(self._loaded, question)())
 
 
 def _argument(value: Tensor | float | None) -> Any:
