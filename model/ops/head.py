@@ -157,7 +157,7 @@ class _Matmuls:
 
     def __init__(self, h: Tensor, w: Tensor) -> None:
         self.h, self.w = h, w
-        self.native = takes_native(len(h), w, h.dtype)
+        self.native = takes_native(_tokens_at_once(len(h), w), w, h.dtype)
 
     def logits(self, rows: slice, out: Tensor) -> None:
         if self.native:
@@ -281,17 +281,20 @@ def _multiplied(weight: Tensor, vocab_size: int, fast: Softmax | None) -> Tensor
     return weight if fast is not None and fast.padded else weight[:vocab_size]
 
 
+def _tokens_at_once(n: int, w: Tensor) -> int:
+    size = max(16, rows_at_once(w.device, len(w), CHUNK))
+    if size > TILE:
+        size -= size % TILE
+    return min(n, size)
+
+
 def _chunks(
     n: int, w: Tensor, wide: torch.dtype, fast: Softmax | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Rows of tokens with room for their logits, in the matmul's dtype and, unless the softmax is `fast` and takes
     those, in the softmax's: the same memory each time, because the first touch of fresh memory takes longer than the
     work on it."""
-    V = len(w)
-    size = max(16, rows_at_once(w.device, V, CHUNK))
-    if size > TILE:
-        size -= size % TILE
-    size = min(n, size)
+    V, size = len(w), _tokens_at_once(n, w)
     raw = torch.empty(size, V, dtype=w.dtype, device=w.device)
     logits = None if fast else torch.empty(size, V, dtype=wide, device=w.device)
     for start in range(0, n, size):

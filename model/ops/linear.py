@@ -30,8 +30,8 @@ declare(
     ),
 )
 
-FEW = 32
-"""Rows below which laying out the weight takes longer than the loops gain (decoding)."""
+FEW = 1024
+"""Rows below which laying out the weight takes as long as the loops gain, or longer."""
 COLUMNS, SPAN = 64, 256
 """Of `cpp/matmul.cpp`: the columns of a panel, and the rows that it goes through."""
 
@@ -83,6 +83,8 @@ def native_matmul(x: Tensor, weight: Tensor, *, turned: bool, out: Tensor | None
     n, K = x.shape
     N = weight.shape[0 if turned else 1]
     y = torch.empty(n, N, dtype=torch.bfloat16) if out is None else out
+    if n == 0:
+        return y
     panels = torch.empty(-(-N // COLUMNS), K // 2, COLUMNS, dtype=torch.int32)
     factors = x, x.stride(0), weight, weight.stride(0), int(turned)
     run_native("matmul", weight.dtype, *factors, y, N, panels, n, K, N)

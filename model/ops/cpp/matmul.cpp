@@ -89,12 +89,13 @@ static void weight_slope(const bf16 *dy, long dy_row, const bf16 *x, long x_row,
                          long O, long I, int add) {
     // dw (O, I) = dy^T x, or that is added to it; dy (rows, O), x (rows, I); panel (rows / 256, I / 64, 128, 64) is room
     const long spans = (rows + SPAN - 1) / SPAN, words = SPAN / 2;
+    const auto filled = [=](long span) { return std::min(words, (rows - span * SPAN + 1) / 2); };
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
         for (long span = 0; span < spans; span++)
             for (long group = 0; group < I; group += GROUP)
-                for (long k = 0; k < words; k++)  // whole rows are what memory gives fast
+                for (long k = 0; k < filled(span); k++)  // whole rows are what memory gives fast
                     for (long first = group; first < std::min(group + GROUP, I); first += COLUMNS) {
                         const long row = span * SPAN + 2 * k;
                         lay_panel(x + row * x_row + first, x_row, rows - row, std::min(COLUMNS, I - first),
@@ -109,12 +110,13 @@ static void weight_slope(const bf16 *dy, long dy_row, const bf16 *x, long x_row,
                 float *sums = room.take<float>(ROWS * GROUP);  // panel by panel
                 std::fill(sums, sums + ROWS * GROUP, 0.f);
                 for (long span = 0; span < spans; span++) {
-                    lay_panel(dy + span * SPAN * dy_row + out, dy_row, rows - span * SPAN, there, left, words);
+                    const long used = filled(span);
+                    lay_panel(dy + span * SPAN * dy_row + out, dy_row, rows - span * SPAN, there, left, used);
                     for (long first = group; first < end; first += COLUMNS) {
                         const uint32_t *right = panel + (span * panels(I) + first / COLUMNS) * words * COLUMNS;
                         float *sums_ = sums + (first - group) * ROWS;
                         tiles_down<4>(there, 0, [=](long r, long, auto &tile) {
-                            multiply(tile, reinterpret_cast<const bf16 *>(left + r), 1, right, COLUMNS, words, ROWS);
+                            multiply(tile, reinterpret_cast<const bf16 *>(left + r), 1, right, COLUMNS, used, ROWS);
                             for (int k = 0; k < 4; k++)
                                 for (int v = 0; v < WIDE(tile); v++) {
                                     float *sum = sums_ + (r + k) * COLUMNS + v * LANES;

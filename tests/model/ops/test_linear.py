@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.ops import backend
+from model.ops import backend, head
 from model.ops import linear as ops
 from model.ops.backend import chosen, request
+from model.ops.head import linear_cross_entropy, linear_cross_entropy_reference
 from model.ops.linear import FEW, linear, native_matmul, native_weight_slope, takes_native
 from model.ops.native import native_ready
 from tests.model.ops.support import leaf
@@ -72,6 +73,28 @@ def test_the_op_and_its_gradients(weight: torch.dtype):
     assert distance(dx, slope.double() @ exact) < ROUNDED
     want = slope.double().flatten(0, 1).t() @ wide.flatten(0, 1)
     assert distance(dw, want) < (SUMMED if weight == torch.float32 else ROUNDED)
+
+
+@needs_loops
+@pytest.mark.parametrize("alike", [True, False], ids=["tokens weigh alike", "tokens weigh each its own"])
+def test_the_heads_matmuls(alike: bool, monkeypatch: pytest.MonkeyPatch):
+    """In several chunks, with padding rows of the vocabulary; against all logits at once in float64."""
+    monkeypatch.setattr(head, "CHUNK", 40 * 70)
+    h = (leaf(2, 50, 66, dtype=BF16).detach() / 8).requires_grad_()
+    W = leaf(72, 66, dtype=torch.float32, seed=2)
+    targets = torch.arange(100).view(2, 50) % 70
+    weights = torch.ones(2, 50) if alike else torch.linspace(0.5, 2, 100).view(2, 50)
+    wide = [v.detach().to(BF16).double().requires_grad_() for v in (h, W)]
+    want = linear_cross_entropy_reference(*wide, targets, 70)
+    slopes = torch.autograd.grad(want, wide, weights.double())
+    for name in ("native", "torch"):
+        request({"linear": name})
+        got = linear_cross_entropy(h, W, targets, vocab_size=70)
+        dh, dw = torch.autograd.grad(got, (h, W), weights)
+        assert name in chosen()["linear"]
+        assert (dh.dtype, dw.dtype) == (BF16, torch.float32)
+        assert distance(got, want) < ROUNDED
+        assert distance(dh, slopes[0]) < 2 * ROUNDED and distance(dw, slopes[1]) < 2 * ROUNDED
 
 
 @needs_loops
