@@ -60,7 +60,7 @@ class Health:
         self.mesh, self.max_skipped, self.skipped = mesh, max_skipped, 0
         self.index = {name: number for number, name in enumerate(table)}
         self.counted = {
-            name: _joined(
+            name: joined(
                 (piece.offset, piece.offset + piece.numel)
                 for piece in local_layout(spec, mesh.place).pieces
                 if piece.owner
@@ -103,7 +103,7 @@ class Health:
         return False
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same numbers, in fewer spans where one begins at the end of the one before."""
     joined: list[tuple[int, int]] = []
     for start, stop in spans:

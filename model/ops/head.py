@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.backend import HALVES, Backend, choose, declare
 from model.ops.blockwise import LOG2_E, exp2_, rows_at_once, wide_dtype
-from model.ops.linear import native_matmul, native_weight_slope, takes_native
+from model.ops.linear import native_matmul, native_weight_gradient, takes_native
 from model.ops.native import NATIVE_DTYPES, native_ready, run_native
 
 declare(
@@ -161,18 +161,18 @@ class _Matmuls:
 
     def logits(self, rows: slice, out: Tensor) -> None:
         if self.native:
-            native_matmul(self.h[rows], self.w, turned=True, out=out)
+            native_matmul(self.h[rows], self.w, transposed=True, out=out)
         else:
             torch.mm(self.h[rows], self.w.t(), out=out)
 
-    def hidden_slope(self, d: Tensor) -> Tensor:
+    def hidden_gradient(self, d: Tensor) -> Tensor:
         """d: the gradient of these rows' logits, (n, V)."""
-        return native_matmul(d, self.w, turned=False) if self.native else d @ self.w
+        return native_matmul(d, self.w, transposed=False) if self.native else d @ self.w
 
-    def add_weight_slope(self, rows: slice, d: Tensor, dw: Tensor) -> None:
+    def add_weight_gradient(self, rows: slice, d: Tensor, dw: Tensor) -> None:
         """dw: (V, D) in float32 or float64."""
         if self.native:
-            native_weight_slope(d, self.h[rows], dw, add=True)
+            native_weight_gradient(d, self.h[rows], dw, add=True)
             return
         torch.mm(d.t(), self.h[rows], out=self._product)
         if self._addend is not self._product:
@@ -201,8 +201,8 @@ class _Gradients:
 
     def add(self, rows: slice, d: Tensor) -> None:
         """d: the gradient of these rows' logits, (n, V) in the operands' dtype."""
-        self.dh.view(-1, self.dh.shape[-1])[rows] = self.matmuls.hidden_slope(d)
-        self.matmuls.add_weight_slope(rows, d, self.dw[: len(self.matmuls.w)])
+        self.dh.view(-1, self.dh.shape[-1])[rows] = self.matmuls.hidden_gradient(d)
+        self.matmuls.add_weight_gradient(rows, d, self.dw[: len(self.matmuls.w)])
 
 
 def _slope(

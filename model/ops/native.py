@@ -54,9 +54,9 @@ class Library:
         suffix = DTYPES[dtype] if to is None else f"{DTYPES[dtype]}_{DTYPES[to]}"
         getattr(self._loaded, f"{name}_{suffix}")(*map(_argument, arguments))
 
-    def asks(self, question: str) -> bool:
-        """What the loops know of the processor that they were compiled for."""
-        return bool(getattr(self._loaded, question)())
+    def fact(self, name: str) -> int:
+        """A number that the loops were compiled with."""
+        return int(getattr(self._loaded, name)())
 
 
 def _argument(value: Tensor | float | None) -> Any:
@@ -76,10 +76,10 @@ def native_ready() -> bool:
     return library() is not None
 
 
-def asks_native(question: str) -> bool:
-    """`Library.asks`, False where there is none."""
+def native_fact(name: str) -> int:
+    """`Library.fact`, 0 where there is none."""
     loaded = library()
-    return loaded is not None and loaded.asks(question)
+    return 0 if loaded is None else loaded.fact(name)
 
 
 def with_rows(x: Tensor) -> Tensor:

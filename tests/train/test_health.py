@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from model.params import Block, Constant, ParamSpec, Place, Split, local_layout, split_evenly
-from train.health import GradientFragment, Health, TrainingHealthError, clip_coefficient, sum_of_squares
+from train.health import (
+    CHUNK_ELEMENTS,
+    GradientFragment,
+    Health,
+    TrainingHealthError,
+    clip_coefficient,
+    joined,
+    sum_of_squares,
+)
 
 FUSED = ParamSpec(
     (14, 3),
@@ -72,6 +80,17 @@ def test_a_single_bad_element_is_seen(bad):
     gradients = logical_gradients()
     gradients["fused"][13, 2] = bad
     assert not math.isfinite(Health(TABLE, fake_mesh(), max_skipped=1).norm(FakeEngine(gradients)))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_ELEMENTS, 2 * CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1])
+def test_sum_of_squares_of_any_size(size: int):
+    assert sum_of_squares(torch.full((size,), 2.0)).item() == pytest.approx(4 * size, rel=1e-6)
+    assert sum_of_squares(torch.zeros(size)).dtype == torch.float64
+
+
+def test_pieces_that_touch_are_taken_as_one():
+    assert joined([(0, 3), (3, 5), (7, 8), (8, 9)]) == [(0, 5), (7, 9)]
+    assert joined([]) == []
 
 
 def test_stops_after_skips_in_a_row():

@@ -14,19 +14,7 @@ static inline long panels(long columns) { return (columns + COLUMNS - 1) / COLUM
 // panel (words, 64) = two rows a word, of which `rows` and `columns` are there, zeros beyond
 template <class T>
 static inline void lay_panel(const T *from, long stride, long rows, long columns, uint32_t *panel, long words) {
-    for (long k = 0; k < words; k++) {
-        for (long r = 0; r < 2; r++) fetch(from + (2 * k + r + AHEAD) * stride, columns);
-        long c = 0;
-        if constexpr (sizeof(T) == 2)
-            if (2 * k + 1 < rows)
-                c = pack_pair(from + 2 * k * stride, from + (2 * k + 1) * stride, columns, nullptr, panel + k * COLUMNS);
-        for (; c < COLUMNS; c += LANES) {
-            Lanes even, odd;
-            row_lanes(from, stride, 2 * k, rows, c, columns, nullptr, even);
-            row_lanes(from, stride, 2 * k + 1, rows, c, columns, nullptr, odd);
-            store(panel + k * COLUMNS + c, in_pairs(even, odd));
-        }
-    }
+    pack<T, bf16>(from, stride, rows, columns, nullptr, panel, 2 * words, COLUMNS);
 }
 
 // The same of a transpose: `from` has up to 64 rows, two columns a word
@@ -43,9 +31,9 @@ static void lay_turned(const T *from, long stride, long rows, long words, uint32
 }
 
 template <class T>
-static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int turned, bf16 *y, long y_row, uint32_t *panel,
+static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row, uint32_t *panel,
                    long rows, long K, long N) {
-    // y (rows, N) = x (rows, K) w, w (K, N), or (N, K) where it is turned; panel (N / 64, K / 2, 64) is room
+    // y (rows, N) = x (rows, K) w, w (K, N), or (N, K) where it is transposed; panel (N / 64, K / 2, 64) is room
     const long words = K / 2, blocks = (rows + ROWS - 1) / ROWS;
     const long shares = std::min(panels(N), std::max(1L, 4L * omp_get_max_threads() / std::max(1L, blocks)));
 #pragma omp parallel
@@ -55,7 +43,7 @@ static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int turned
             room.reset();
             const long first = p * COLUMNS, columns = std::min(COLUMNS, N - first);
             uint32_t *into = panel + first * words;
-            if (turned)
+            if (transposed)
                 lay_turned(w + first * w_row, w_row, columns, words, into);
             else
                 lay_panel(w + first, w_row, K, columns, into, words);
@@ -85,7 +73,7 @@ static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int turned
 static const long SPAN = 256;   // rows that a weight's gradient is summed over at a time
 static const long GROUP = 512;  // of its columns that a thread makes at a time
 
-static void weight_slope(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel, long rows,
+static void weight_gradient(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel, long rows,
                          long O, long I, int add) {
     // dw (O, I) = dy^T x, or that is added to it; dy (rows, O), x (rows, I); panel (rows / 256, I / 64, 128, 64) is room
     const long spans = (rows + SPAN - 1) / SPAN, words = SPAN / 2;
@@ -136,20 +124,23 @@ static void weight_slope(const bf16 *dy, long dy_row, const bf16 *x, long x_row,
 }
 
 #define MATMUL(T)                                                                                                    \
-    (const bf16 *x, long x_row, const T *w, long w_row, int turned, bf16 *y, long y_row, uint32_t *panel, long rows, \
+    (const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row, uint32_t *panel, long rows, \
      long K, long N)
-BOTH(matmul, MATMUL, (x, x_row, w, w_row, turned, y, y_row, panel, rows, K, N))
+BOTH(matmul, MATMUL, (x, x_row, w, w_row, transposed, y, y_row, panel, rows, K, N))
 
-extern "C" void weight_slope_bf16(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel,
+extern "C" void weight_gradient_bf16(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel,
                                   long rows, long O, long I, int add) {
-    weight_slope(dy, dy_row, x, x_row, dw, panel, rows, O, I, add);
+    weight_gradient(dy, dy_row, x, x_row, dw, panel, rows, O, I, add);
 }
 
-// Whether these are the fast ones: the processor multiplies pairs, and has no AMX, which torch would use.
-extern "C" int multiplies_pairs() {
+// Whether they are faster than torch's: the processor multiplies pairs, and has no AMX, which torch would use.
+extern "C" int matmul_is_faster() {
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
     return 1;
 #else
     return 0;
 #endif
 }
+
+extern "C" int matmul_columns() { return COLUMNS; }
+extern "C" int matmul_span() { return SPAN; }

@@ -333,21 +333,22 @@ static inline long pack_pair(const bf16 *even, const bf16 *odd, long columns, co
     return c;
 }
 
-// The panel of a right factor of `rows` rows, times `factor` of each unless null, zeros beyond: (height / PER_WORD, width)
-template <class T>
+// The panel of a right factor of `rows` rows, times `factor` of each unless null, zeros beyond: (height / PER_WORD, width),
+// in words of `To`
+template <class T, class To = T>
 static inline void pack(const T *from, long stride, long rows, long columns, const float *factor, uint32_t *panel,
                         long height, long width) {
-    for (long k = 0; k < height / PER_WORD<T>; k++) {
-        for (long r = 0; r < PER_WORD<T>; r++) fetch(from + (PER_WORD<T> * k + r + AHEAD) * stride, columns);
+    for (long k = 0; k < height / PER_WORD<To>; k++) {
+        for (long r = 0; r < PER_WORD<To>; r++) fetch(from + (PER_WORD<To> * k + r + AHEAD) * stride, columns);
         long c = 0;
-        if constexpr (PER_WORD<T> == 2)
+        if constexpr (PER_WORD<T> == 2 && PER_WORD<To> == 2)
             if (2 * k + 1 < rows)
                 c = pack_pair(from + 2 * k * stride, from + (2 * k + 1) * stride, columns,
                               factor ? factor + 2 * k : nullptr, panel + k * width);
         for (; c < width; c += LANES) {
             Lanes even, odd;
-            row_lanes(from, stride, PER_WORD<T> * k, rows, c, columns, factor, even);
-            if (PER_WORD<T> == 2) {
+            row_lanes(from, stride, PER_WORD<To> * k, rows, c, columns, factor, even);
+            if (PER_WORD<To> == 2) {
                 row_lanes(from, stride, 2 * k + 1, rows, c, columns, factor, odd);
                 store(panel + k * width + c, in_pairs(even, odd));
             } else

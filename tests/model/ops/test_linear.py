@@ -10,7 +10,7 @@ from model.ops import backend, head
 from model.ops import linear as ops
 from model.ops.backend import chosen, request
 from model.ops.head import linear_cross_entropy, linear_cross_entropy_reference
-from model.ops.linear import FEW, linear, native_matmul, native_weight_slope, takes_native
+from model.ops.linear import FEW, linear, native_matmul, native_weight_gradient, takes_native
 from model.ops.native import native_ready
 from tests.model.ops.support import leaf
 
@@ -48,13 +48,13 @@ def a_case(n: int, inputs: int, outputs: int, weight: torch.dtype, apart: int = 
 def test_the_loops_give_what_float64_gives(sizes: tuple[int, int, int], weight: torch.dtype, apart: int):
     x, dy, W = a_case(*sizes, weight, apart)
     exact = W.to(BF16).double()
-    assert distance(native_matmul(x, W, turned=True), x.double() @ exact.t()) < ROUNDED
-    assert distance(native_matmul(dy, W, turned=False), dy.double() @ exact) < ROUNDED
+    assert distance(native_matmul(x, W, transposed=True), x.double() @ exact.t()) < ROUNDED
+    assert distance(native_matmul(dy, W, transposed=False), dy.double() @ exact) < ROUNDED
     want = dy.double().t() @ x.double()
     dw = torch.full(W.shape, float("nan"))
-    native_weight_slope(dy, x, dw, add=False)
+    native_weight_gradient(dy, x, dw, add=False)
     assert distance(dw, want) < SUMMED
-    native_weight_slope(dy, x, dw, add=True)
+    native_weight_gradient(dy, x, dw, add=True)
     assert distance(dw, 2 * want) < SUMMED
 
 
@@ -105,8 +105,57 @@ def test_only_wanted_gradients_are_taken(monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.delattr(ops, "native_matmul")
         assert torch.autograd.grad(y, W)[0].shape == W.shape
-    monkeypatch.delattr(ops, "native_weight_slope")
+    monkeypatch.delattr(ops, "native_weight_gradient")
     assert torch.autograd.grad(other, x)[0].shape == x.shape
+
+
+@needs_loops
+def test_no_more_is_kept_than_the_wanted_gradients_need():
+    request({"linear": "native"})
+    x, W = leaf(40, 64, dtype=BF16), leaf(32, 64, dtype=torch.float32)
+    for inputs, kept in (((x, W), [x, W]), ((x.detach(), W), [x]), ((x, W.detach()), [W])):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, saved=saved: saved.append(v) or v, lambda v: v):
+            linear(*inputs)
+        assert [v.data_ptr() for v in saved] == [v.data_ptr() for v in kept], "and nothing is copied"
+
+
+@needs_loops
+def test_gradients_of_any_strides():
+    request({"linear": "native"})
+    x, W = leaf(30, 66, dtype=BF16), leaf(34, 66, dtype=torch.float32)
+    for slope in (
+        torch.ones((), dtype=BF16).expand(30, 34),
+        leaf(34, dtype=BF16).detach().expand(30, 34),
+        leaf(30, 1, dtype=BF16).detach().expand(30, 34),
+        leaf(34, 30, dtype=BF16).detach().t(),
+    ):
+        dx, dw = torch.autograd.grad(linear(x, W), (x, W), slope)
+        same = torch.autograd.grad(linear(x, W), (x, W), slope.contiguous())
+        assert torch.equal(dx, same[0]) and torch.equal(dw, same[1])
+
+
+@needs_loops
+@pytest.mark.parametrize("width", [32, 63, 128])
+def test_a_wrong_width_is_refused(width: int):
+    W = torch.zeros(64, 64)
+    for rows in (3, FEW):
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(torch.zeros(rows, width, dtype=BF16), W)
+    with pytest.raises(AssertionError, match="weight"):
+        native_matmul(torch.zeros(3, width, dtype=BF16), W, transposed=True)
+    with pytest.raises(AssertionError, match="dw"):
+        native_weight_gradient(torch.zeros(3, 64, dtype=BF16), torch.zeros(3, width, dtype=BF16), W, add=False)
+    with pytest.raises(AssertionError, match="dw"):
+        native_weight_gradient(torch.zeros(4, 64, dtype=BF16), torch.zeros(3, 64, dtype=BF16), W, add=False)
+
+
+@needs_loops
+def test_a_weight_of_another_dtype_is_rounded():
+    request({"linear": "native"})
+    x, W = leaf(30, 66, dtype=BF16), leaf(34, 66)
+    dw = torch.autograd.grad(linear(x, W).sum(), W)[0]
+    assert dw.dtype == torch.float64 and "native" in chosen()["linear"]
 
 
 @needs_loops
@@ -118,26 +167,26 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             dw = torch.zeros(W.shape)
-            native_weight_slope(dy, x, dw, add=False)
-            results.append([native_matmul(x, W, turned=True), native_matmul(dy, W, turned=False), dw])
+            native_weight_gradient(dy, x, dw, add=False)
+            results.append([native_matmul(x, W, transposed=True), native_matmul(dy, W, transposed=False), dw])
     finally:
         torch.set_num_threads(several)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     for first, last in ((0, 1), (7, 12), (150, 300)):
-        assert torch.equal(native_matmul(x[first:last], W, turned=True), results[0][0][first:last])
-        assert torch.equal(native_matmul(dy[first:last], W, turned=False), results[0][1][first:last])
+        assert torch.equal(native_matmul(x[first:last], W, transposed=True), results[0][0][first:last])
+        assert torch.equal(native_matmul(dy[first:last], W, transposed=False), results[0][1][first:last])
 
 
 @needs_loops
 def test_what_is_no_number_stays_in_its_row():
     x, dy, W = a_case(70, 66, 66, torch.float32)
-    want = native_matmul(x, W, turned=True)
+    want = native_matmul(x, W, transposed=True)
     x[69, 3] = float("nan")
-    got = native_matmul(x, W, turned=True)
+    got = native_matmul(x, W, transposed=True)
     assert got[69].isnan().all() and torch.equal(got[:69], want[:69])
     dw = torch.zeros(W.shape)
-    native_weight_slope(dy, x, dw, add=False)
+    native_weight_gradient(dy, x, dw, add=False)
     assert dw[:, 3].isnan().all() and not dw[:, :3].isnan().any() and not dw[:, 4:].isnan().any()
 
 
@@ -154,11 +203,11 @@ def test_no_rows():
 def test_who_takes_the_loops(monkeypatch: pytest.MonkeyPatch):
     W, odd = torch.zeros(64, 64), torch.zeros(64, 63)
     for faster in (True, False):
-        monkeypatch.setattr(ops, "multiplies_pairs", lambda faster=faster: faster)
+        monkeypatch.setattr(ops, "native_is_faster", lambda faster=faster: faster)
         assert takes_native(FEW, W, BF16) is faster
         assert not takes_native(FEW - 1, W, BF16), "few rows are torch's"
         assert not takes_native(FEW, odd, BF16) and not takes_native(FEW, odd.t(), BF16), "odd sizes are torch's"
-        assert not takes_native(FEW, W, torch.float32) and not takes_native(FEW, W.double(), BF16)
+        assert not takes_native(FEW, W, torch.float32)
     request({"linear": "native"})
     assert takes_native(1, W, BF16), "a user who names them gets them"
     with pytest.raises(ValueError, match="linear: backend 'native' cannot serve this call: inputs is 63"):
