@@ -105,9 +105,9 @@ class Health:
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same numbers, in fewer spans where one begins at the end of the one before."""
-    joined: list[tuple[int, int]] = []
+    fewer: list[tuple[int, int]] = []
     for start, stop in spans:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
-    return joined
+        if fewer and fewer[-1][1] == start:
+            start = fewer.pop()[0]
+        fewer.append((start, stop))
+    return fewer

@@ -31,8 +31,8 @@ static void lay_turned(const T *from, long stride, long rows, long words, uint32
 }
 
 template <class T>
-static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row, uint32_t *panel,
-                   long rows, long K, long N) {
+static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row,
+                   uint32_t *panel, long rows, long K, long N) {
     // y (rows, N) = x (rows, K) w, w (K, N), or (N, K) where it is transposed; panel (N / 64, K / 2, 64) is room
     const long words = K / 2, blocks = (rows + ROWS - 1) / ROWS;
     const long shares = std::min(panels(N), std::max(1L, 4L * omp_get_max_threads() / std::max(1L, blocks)));
@@ -73,8 +73,8 @@ static void matmul(const bf16 *x, long x_row, const T *w, long w_row, int transp
 static const long SPAN = 256;   // rows that a weight's gradient is summed over at a time
 static const long GROUP = 512;  // of its columns that a thread makes at a time
 
-static void weight_gradient(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel, long rows,
-                         long O, long I, int add) {
+static void weight_gradient(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel,
+                            long rows, long O, long I, int add) {
     // dw (O, I) = dy^T x, or that is added to it; dy (rows, O), x (rows, I); panel (rows / 256, I / 64, 128, 64) is room
     const long spans = (rows + SPAN - 1) / SPAN, words = SPAN / 2;
     const auto filled = [=](long span) { return std::min(words, (rows - span * SPAN + 1) / 2); };
@@ -123,13 +123,13 @@ static void weight_gradient(const bf16 *dy, long dy_row, const bf16 *x, long x_r
     }
 }
 
-#define MATMUL(T)                                                                                                    \
-    (const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row, uint32_t *panel, long rows, \
-     long K, long N)
+#define MATMUL(T)                                                                                              \
+    (const bf16 *x, long x_row, const T *w, long w_row, int transposed, bf16 *y, long y_row, uint32_t *panel, \
+     long rows, long K, long N)
 BOTH(matmul, MATMUL, (x, x_row, w, w_row, transposed, y, y_row, panel, rows, K, N))
 
 extern "C" void weight_gradient_bf16(const bf16 *dy, long dy_row, const bf16 *x, long x_row, float *dw, uint32_t *panel,
-                                  long rows, long O, long I, int add) {
+                                     long rows, long O, long I, int add) {
     weight_gradient(dy, dy_row, x, x_row, dw, panel, rows, O, I, add);
 }
 
